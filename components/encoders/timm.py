@@ -1,0 +1,147 @@
+"""Any timm model as an image encoder: patches of a vision transformer, or the cells of a convolutional feature map."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mllm_factory import ConfigError, Encoder, hint, load_matching, locate, on_meta, register
+from mllm_factory.components.encoders.pixels import SquarePixels
+from mllm_factory.pretrained import read_weights, weights_file
+
+
+@register("timm")
+class Timm(Encoder):
+    """One feature level of a timm model, one token a patch or cell, row by row.
+
+    The final norm is not applied, and what lies behind the chosen level is cut off, so every parameter has influence.
+
+    Args:
+        architecture: name in timm's list of models.
+        pretrained: None for random weights, else a hub id, a local folder or file, or ``pkg://package``.
+        match: how weights find their tensors: ``name``, with timm's own conversions (other position grids, other
+            libraries' names), or ``order``, for a port of the same architecture that names its tensors differently.
+        image_size: pixels; pictures are squashed to a square.
+        layer: index into timm's list of feature levels; negative from the end.
+        prefix_tokens: keep class and register tokens, in front of the patches.
+
+    Raises:
+        ValueError: unknown architecture, no such layer, a size the architecture cannot take, or no prefix tokens to keep.
+    """
+
+    modality = "vision"
+
+    def __init__(
+        self,
+        architecture: str,
+        pretrained: str | None = None,
+        match: str = "name",
+        image_size: int = 224,
+        layer: int = -1,
+        prefix_tokens: bool = False,
+    ) -> None:
+        super().__init__()
+        self.prefix_tokens = prefix_tokens
+        model = _create(architecture, pretrained, match, image_size)
+        if prefix_tokens and not getattr(model, "num_prefix_tokens", 0):
+            raise ValueError(f"architecture: '{architecture}' has no class or register tokens; set prefix_tokens: false")
+        self.layer = _level(model, architecture, layer)
+        model.prune_intermediate_layers([self.layer], prune_norm=True)
+        self.model = model
+        self.transform = SquarePixels(image_size, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+        self.num_tokens, self.dim = _probe(self, image_size).shape[1:]
+
+    def forward(self, items: Tensor) -> Tensor:
+        """[n, 3, image_size, image_size] -> [n, num_tokens, dim]"""
+        wanted: dict[str, Any] = {"indices": [self.layer], "intermediates_only": True}
+        if not self.prefix_tokens:
+            return _tokens(self.model.forward_intermediates(items, **wanted)[-1])
+        patches, prefix = self.model.forward_intermediates(items, return_prefix_tokens=True, **wanted)[-1]
+        return torch.cat([prefix, _tokens(patches)], dim=1)
+
+
+def _tokens(grid: Tensor) -> Tensor:
+    return grid.flatten(2).transpose(1, 2)  # [n, d, h, w] -> [n, h*w, d]
+
+
+def _create(architecture: str, pretrained: str | None, match: str, image_size: int) -> Any:
+    import timm
+
+    if not timm.is_model(architecture):
+        raise ValueError(f"architecture: timm has no '{architecture}'{_near(architecture)}")
+    if match not in ("name", "order"):
+        raise ValueError(f"match: '{match}'{hint(match, ['name', 'order'])}")
+    config = timm.get_pretrained_cfg(architecture)
+    size = {"img_size": image_size} if config.fixed_input_size else {}
+    source = None if pretrained is None else locate(pretrained)
+    if isinstance(source, Path):
+        source = weights_file(source)
+    if source is None or on_meta():
+        model = timm.create_model(architecture, **size)
+    elif match == "order":
+        model = timm.create_model(architecture, **size)
+        load_matching(model, _read(source), "order")
+    else:
+        model = _created_with(architecture, _read(source), str(source), size)
+    if not hasattr(model, "forward_intermediates"):
+        raise ValueError(f"architecture: timm's '{architecture}' gives no feature levels (it has no forward_intermediates)")
+    return model
+
+
+def _near(architecture: str) -> str:
+    import timm
+
+    named = timm.list_models(f"*{architecture}*")[:5] or timm.list_models(f"*{architecture.partition('_')[0]}*")
+    near = hint(architecture, named or timm.list_models()).partition(" known:")[0].rstrip(";")
+    return f"{near}; timm.list_models('*vit*') lists names"
+
+
+def _read(source: Path | str) -> dict[str, Tensor]:
+    if isinstance(source, Path):
+        return read_weights(source)
+    from timm.models import load_state_dict_from_hf
+
+    return load_state_dict_from_hf(source, weights_only=True)
+
+
+def _created_with(architecture: str, weights: dict[str, Tensor], source: str, size: dict[str, int]) -> nn.Module:
+    """The model filled by timm, which converts names and position grids; a classifier is as wide as the weights' own."""
+    import timm
+
+    config = timm.get_pretrained_cfg(architecture)
+    classes = config.num_classes
+    if f"{config.classifier}.weight" in weights:
+        classes = len(weights[f"{config.classifier}.weight"])
+    elif f"{config.first_conv}.weight" in weights:  # timm's own names, so the classifier is missing, not named differently
+        classes = 0
+    overlay = {"state_dict": weights, "num_classes": classes, "label_offset": 0}  # equal numbers make timm strict
+    try:
+        return timm.create_model(
+            architecture, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes, **size
+        )
+    except (RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{source} does not fit '{architecture}': {reason[:300]}; is it another architecture?") from error
+
+
+def _level(model: Any, architecture: str, layer: int) -> int:
+    """``layer`` counted from the front."""
+    levels = len(model.feature_info)
+    if not -levels <= layer < levels:
+        raise ValueError(f"layer: {layer} is out of range, '{architecture}' has {levels} feature levels (0 to {levels - 1})")
+    return layer % levels
+
+
+def _probe(encoder: Timm, image_size: int) -> Tensor:
+    """What the encoder gives for one empty picture; leaves no trace (eval mode, no graph, no random number)."""
+    training = encoder.training
+    try:
+        with torch.no_grad():
+            return encoder.eval()(torch.zeros(1, 3, image_size, image_size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(f"image_size: the architecture cannot take {image_size} pixels ({error})") from error
+    finally:
+        encoder.train(training)

@@ -1,0 +1,1 @@
+"""The YAML tree, reached by Hydra as pkg://mllm_factory.conf."""

@@ -1,0 +1,59 @@
+"""Errors that a user can act on. The command line prints them as one line each and exits with code 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class UserError(Exception):
+    """Something the user gave does not work; the message names the value, the rule and the way out."""
+
+
+class DataError(UserError):
+    """A sample, a picture, a recording or a data file that cannot be used."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written, read or continued."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a configuration.
+
+    ``key`` is the dotted path in the tree (``projector.depth``); ``origin`` the file and line or the override it came from.
+    """
+
+    message: str
+    key: str = ""
+    origin: str = ""
+
+    def __str__(self) -> str:
+        where = f" (from {self.origin})" if self.origin else ""
+        return f"{self.key}: {self.message}{where}" if self.key else f"{self.message}{where}"
+
+
+class ConfigError(UserError):
+    """A configuration names something that does not exist or does not fit; carries every problem found."""
+
+    def __init__(self, problems: str | Problem | Iterable[Problem]) -> None:
+        if isinstance(problems, str):
+            problems = [Problem(problems)]
+        elif isinstance(problems, Problem):
+            problems = [problems]
+        self.problems = list(problems)
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+def listed(words: Iterable[str]) -> str:
+    """``a, b, c`` or ``none``."""
+    return ", ".join(sorted(words)) or "none"
+
+
+def hint(word: str, known: Iterable[str]) -> str:
+    """``; did you mean 'mlp'? known: linear, mlp``, to append to a message about an unknown word."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return (f"; did you mean '{close[0]}'?" if close else ";") + f" known: {listed(known)}"

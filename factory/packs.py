@@ -1,0 +1,174 @@
+"""Installed packs of components, read from their sources: which names they register, without importing torch.
+
+A pack is a module or package behind an entry point of the group ``mllm_factory.components``. A class counts where
+``@register("name")`` stands above it at the top level of a file; a pack that registers in another way is imported instead.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import replace
+from functools import cache
+from importlib import util
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import NamedTuple
+
+from mllm_factory.errors import ConfigError
+from mllm_factory.schema import Schema, kind_among, of_source
+
+GROUP = "mllm_factory.components"
+_CLASS = re.compile(r"^class (\w+)\s*(?:\[[^\]]*\])?\s*\(([^)]*)\)\s*:", re.MULTILINE)
+_REGISTERED = re.compile(
+    r"""^@(?:\w+\.)*register\(\s*["']([^"']+)["']\s*\)[^\n]*\n(?:[@#][^\n]*\n)*class (\w+)""", re.MULTILINE
+)
+_ANY_REGISTER = re.compile(r"^\s*(?:@|\w+ *= *)?(?:\w+\.)*register\(", re.MULTILINE)
+
+
+class Place(NamedTuple):
+    """Where a registered class stands: its pack's entry point, module, source file and class name."""
+
+    pack: str
+    module: str
+    file: str
+    cls: str
+
+
+class Header(NamedTuple):
+    """A class statement: where it is and its bases as written."""
+
+    module: str
+    file: str
+    bases: tuple[str, ...]
+
+
+class Scan(NamedTuple):
+    """What the source of a pack shows; ``unclear`` lists the modules that must be imported to know what they register."""
+
+    found: list[tuple[str, str, Place]]
+    unclear: list[str]
+    classes: dict[str, list[Header]]
+
+
+@cache
+def packs() -> list[EntryPoint]:
+    """The installed packs' entry points, by name."""
+    return sorted(entry_points(group=GROUP), key=lambda entry: entry.name)
+
+
+@cache
+def load_packs() -> None:
+    """Import every installed pack, so that its classes register.
+
+    Raises:
+        ConfigError: a pack cannot be imported; the message names it.
+    """
+    for entry in packs():
+        try:
+            entry.load()
+        except Exception as error:
+            raise _broken(entry, f"{type(error).__name__}: {error}") from error
+
+
+def _broken(entry: EntryPoint, reason: str) -> ConfigError:
+    reason = " ".join(reason.split())
+    return ConfigError(
+        f"the component pack '{entry.name}' ({entry.value}) cannot be imported: {reason}; repair or uninstall it"
+    )
+
+
+@cache
+def scan(entry: EntryPoint) -> Scan:
+    """(kind, name, place) of every registered class of a pack.
+
+    Raises:
+        ConfigError: the pack is not there.
+    """
+    texts = [(module, file, Path(file).read_text(encoding="utf-8")) for module, file in _sources(entry)]
+    classes: dict[str, list[Header]] = defaultdict(list)
+    for module, file, text in texts:
+        for cls, bases in _CLASS.findall(text):
+            classes[cls].append(Header(module, file, tuple(base.strip() for base in bases.split(","))))
+    result = Scan([], [], classes)
+    for module, file, text in texts:
+        found = [(_kind(classes, cls, file), name, cls) for name, cls in _REGISTERED.findall(text)]
+        if len(found) != len(_ANY_REGISTER.findall(text)) or any(kind is None for kind, _, _ in found):
+            result.unclear.append(module)
+        else:
+            result.found.extend((str(kind), name, Place(entry.name, module, file, cls)) for kind, name, cls in found)
+    return result
+
+
+def _kind(classes: dict[str, list[Header]], cls: str, file: str, depth: int = 8) -> str | None:
+    header = _header(classes, cls, file)
+    if header is None or depth == 0:
+        return None
+    kind = kind_among(header.bases)
+    if kind is not None:
+        return kind
+    kinds = {_kind(classes, base.rpartition(".")[2], header.file, depth - 1) for base in header.bases} - {None}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def _header(classes: dict[str, list[Header]], cls: str, file: str) -> Header | None:
+    """The statement that a class name means in a file: its own, or the only one in the pack."""
+    headers = classes.get(cls, [])
+    here = [header for header in headers if header.file == file]
+    return here[0] if here else headers[0] if len(headers) == 1 else None
+
+
+def source_schema(place: Place) -> Schema | None:
+    """The schema of a registered class, options of its bases in the same pack included; None where sources do not show it."""
+    entry = next(entry for entry in packs() if entry.name == place.pack)
+    first = schema = of_source(place.file, place.module, place.cls)
+    while schema is not None and not schema.complete:
+        base = schema.bases[0].rpartition(".")[2] if len(schema.bases) == 1 else ""
+        header = _header(scan(entry).classes, base, schema.file)
+        schema = of_source(header.file, header.module, base) if header else None
+    if first is None or schema is None:
+        return None
+    return replace(first, params=schema.params, unsupported=schema.unsupported, own_init=True)
+
+
+def path_schema(kind: str, path: str) -> Schema | None:
+    """The schema of ``package.module:Class``; None where its source does not show that it is of the kind, or all its options.
+
+    Raises:
+        ConfigError: there is no such module, or it cannot be read.
+    """
+    module, _, cls = path.partition(":")
+    try:
+        spec = util.find_spec(module)
+        found = of_source(spec.origin, module, cls) if spec and spec.origin and spec.origin.endswith(".py") else None
+    except SyntaxError as error:
+        raise ConfigError(f"{kind} '{path}': {error.filename}:{error.lineno}: {error.msg}") from error
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(
+            f"{kind} '{path}' cannot be imported: {reason}; is it installed, or in the current folder?"
+        ) from error
+    if spec is None:
+        raise ConfigError(f"{kind} '{path}': no module named '{module}'; is it installed, or in the current folder?")
+    return found if found is not None and found.kind == kind and found.complete else None
+
+
+def _sources(entry: EntryPoint) -> list[tuple[str, str]]:
+    try:
+        spec = util.find_spec(entry.module)
+    except Exception as error:
+        raise _broken(entry, f"{type(error).__name__}: {error}") from error
+    if spec is None or spec.origin is None:
+        raise _broken(entry, f"there is no module '{entry.module}'")
+    root = Path(spec.origin)
+    if root.name != "__init__.py":
+        return [(entry.module, spec.origin)]
+    return [
+        (_module_name(entry.module, file.relative_to(root.parent)), str(file))
+        for file in sorted(root.parent.rglob("*.py"))
+    ]
+
+
+def _module_name(package: str, file: Path) -> str:
+    parts = [*file.parts[:-1], *([] if file.stem == "__init__" else [file.stem])]
+    return ".".join([package, *parts])

@@ -1,0 +1,171 @@
+"""What a run tells while it goes: progress bar, metrics.jsonl, event files, report.json. Only the first process speaks."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mllm_factory.errors import CheckpointError, ConfigError
+
+console = Console(stderr=True)
+
+
+def lock(folder: Path) -> IO[str]:
+    """Make a run's folder and hold it for this process; the returned file keeps the lock while it is open.
+
+    Raises:
+        ConfigError: it cannot be made or written.
+        CheckpointError: another process is running in it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"output_dir: {folder} cannot be written: {error.strerror}; choose another") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise CheckpointError(
+            f"another process is running in {folder}; wait for it, or choose another output_dir"
+        ) from error
+    return file
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: of the device, or on the CPU of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+class Recorder:
+    """Writes the lines of a run and draws its bar.
+
+    Args:
+        folder: the run's folder.
+        max_steps: length of the bar.
+        step: where the run starts; later lines of an earlier attempt are dropped from ``metrics.jsonl``.
+        tensorboard: also write event files to ``<folder>/tensorboard``.
+        active: False in all processes but the first.
+
+    Raises:
+        ConfigError: tensorboard is asked for and not installed.
+    """
+
+    def __init__(self, folder: Path, max_steps: int, step: int, tensorboard: bool, active: bool) -> None:
+        self.folder, self.active = folder, active
+        self.started = time.monotonic()
+        self.writer = _event_writer(folder, step) if tensorboard and active else None
+        if active:
+            _drop_after(folder / "metrics.jsonl", step)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  lr {task.fields[rate]}  {task.fields[speed]} samples/s"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not (active and console.is_terminal),
+        )
+        self.task = self.bar.add_task("train", total=max_steps, completed=step, loss="-", rate="-", speed="-")
+
+    def __enter__(self) -> Recorder:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+        if self.writer is not None:
+            self.writer.close()
+
+    def advance(self, step: int) -> None:
+        """Move the bar."""
+        self.bar.update(self.task, completed=step)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of ``metrics.jsonl``: ``step`` and flat keys to numbers."""
+        if not self.active:
+            return
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.writer is not None:
+            for key, value in values.items():
+                self.writer.add_scalar(key, value, step)
+        if "loss" in values:
+            rate = max(v for k, v in values.items() if k.startswith("lr/"))
+            loss, speed = f"{values['loss']:.4f}", f"{values['samples_per_second']:.1f}"
+            self.bar.update(self.task, completed=step, loss=loss, rate=f"{rate:.2e}", speed=speed)
+            if not console.is_terminal:
+                console.print(f"step {step}  loss {loss}  lr {rate:.2e}  {speed} samples/s", highlight=False)
+
+
+def _event_writer(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "trainer.tensorboard needs the package 'tensorboard'; install it, or set it to false"
+        ) from error
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+
+def _drop_after(file: Path, step: int) -> None:
+    """Keep the whole lines up to a step: a resumed run writes the later ones again."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):  # cut off by a crash
+            continue
+    tmp = file.with_suffix(".tmp")
+    tmp.write_text("".join(kept), encoding="utf-8")
+    tmp.replace(file)
+
+
+@contextmanager
+def counter(what: str, total: int, active: bool) -> Iterator[Callable[[int], None]]:
+    """A bar for a pass over ``total`` samples; call the value with the number just done."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not (active and console.is_terminal),
+    ) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def report(folder: Path, values: Mapping[str, float]) -> Path:
+    """Write ``report.json`` (NaN as null) and print it as a table."""
+    path = folder / "report.json"
+    tmp = path.with_suffix(".tmp")
+    numbers = {key: (value if value == value else None) for key, value in values.items()}
+    tmp.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    tmp.replace(path)
+    table = Table(title=str(path), title_justify="left")
+    table.add_column("key")
+    table.add_column("value", justify="right")
+    for key, value in values.items():
+        table.add_row(key, f"{value:,.0f}" if float(value).is_integer() and abs(value) > 1 else f"{value:.4f}")
+    console.print(table)
+    return path

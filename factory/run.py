@@ -1,0 +1,217 @@
+"""From a tree to a training run, an evaluation or a check. Read this file first.
+
+tree -> sources, model (encoders -> projectors -> backbone), tuning -> collator -> trainer / evaluator -> report
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mllm_factory import checkpoint, distributed, recorder
+from mllm_factory.assemble import (
+    Tree,
+    build_collator,
+    build_engine_node,
+    build_metrics,
+    build_model,
+    build_source,
+    seed_of,
+)
+from mllm_factory.data import Collator
+from mllm_factory.distributed import World
+from mllm_factory.errors import ConfigError, Problem
+from mllm_factory.evaluator import evaluate as evaluate_model
+from mllm_factory.features import cache_features
+from mllm_factory.follower import Follower, restore
+from mllm_factory.interfaces import Schedule, Source
+from mllm_factory.loader import Order, train_batches
+from mllm_factory.model import MultimodalModel
+from mllm_factory.recorder import Recorder, console
+from mllm_factory.registry import build
+from mllm_factory.trainer import Trainer
+from mllm_factory.types import MODALITIES
+
+
+def train(tree: Tree) -> float | None:
+    """Train, evaluate at the end, write the report; the first metric's main value, or None without metrics.
+
+    Raises:
+        UserError: anything that the user can mend, before the first step where possible.
+    """
+    trainer = build_engine_node(Trainer, tree["trainer"], "trainer")
+    schedule = build(Schedule, tree["schedule"], "schedule")  # type: ignore[type-abstract]
+    world = distributed.start(trainer.device)
+    try:
+        folder = Path(distributed.agree(tree["output_dir"], world))
+        with recorder.lock(folder) if world.leads else nullcontext():
+            return _train({**tree, "output_dir": str(folder)}, folder, trainer, schedule, world)
+    finally:
+        distributed.end()
+
+
+def _train(tree: Tree, folder: Path, trainer: Trainer, schedule: Schedule, world: World) -> float | None:
+    start = _starting_point(tree, folder)
+    sources = _sources(tree)
+    model = build_model(tree)
+    collator = build_collator(tree, model)
+    _initialise(tree, model, start)
+    torch.manual_seed(seed_of(tree["seed"], f"process {world.rank}"))
+    _cache_features(model, trainer, folder, world)
+    wrapped, state = trainer.prepare(model.to(world.device), world)
+    seconds = restore(start, state, schedule) if start is not None else 0.0
+    source = sources["train"]
+    order = Order(len(source), trainer.batch_size, tree["seed"], lambda i: collator.length(source[i]), trainer.bucket)
+    first = state.step * trainer.accumulate * world.size
+    pin = world.device.type == "cuda"
+    batches = train_batches(
+        source, collator, order, first=first, world=world.size, rank=world.rank, workers=trainer.workers, pin=pin
+    )
+    if world.leads:
+        text = yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True)
+        (folder / "config.yaml").write_text(text, encoding="utf-8")
+    judge = partial(_judge, tree, model, sources.get("eval"), collator, trainer, world)
+    with Recorder(folder, trainer.max_steps, state.step, trainer.tensorboard, world.leads) as lines:
+        follower = Follower(tree, folder, trainer, schedule, lines, judge, seconds)
+        trainer.fit(wrapped, state, schedule, batches, follower)
+    results = judge(None)
+    if world.leads:
+        recorder.report(folder, {**results, **follower.summary(state)})
+    return next(iter(results.values()), None)
+
+
+def _starting_point(tree: Tree, folder: Path) -> Path | None:
+    if not tree.get("resume"):
+        return None
+    start = checkpoint.latest(folder) if tree["resume"] == "auto" else checkpoint.resolve(tree["resume"])
+    if start is None:
+        console.print(f"resume=auto: {folder} holds no checkpoint; starting from the beginning")
+        return None
+    checkpoint.require_same_architecture(start, tree)
+    console.print(f"resuming from {start}")
+    return start
+
+
+def _sources(tree: Tree) -> dict[str, Source]:
+    """Data first: reading it costs little, and most mistakes are there."""
+    encoders = {name for name in MODALITIES if tree.get(name)}
+    wanted = ["train", *(["eval"] if tree["data"].get("eval") else [])]
+    if tree.get("metrics") and "eval" not in wanted:
+        raise ConfigError(Problem("metrics need data to be judged on; set data.eval, or metrics=null", "data.eval"))
+    build_metrics(tree)
+    return {key: build_source(tree, key, encoders) for key in wanted}
+
+
+def _initialise(tree: Tree, model: MultimodalModel, start: Path | None) -> None:
+    if start is not None:
+        checkpoint.load(start, model)
+    elif tree.get("init_from"):
+        taken, of = checkpoint.initialise(checkpoint.resolve(tree["init_from"]), model)
+        console.print(f"init_from: took {taken} of {of} trained tensors")
+
+
+def _cache_features(model: MultimodalModel, trainer: Trainer, folder: Path, world: World) -> None:
+    for name, encoder in model.encoders.items() if trainer.cache_features else ():
+        if not cache_features(encoder, folder / "features" / f"{name}_{world.rank}.f32"):
+            raise ConfigError(Problem(f"features change while {name} is trained; freeze it or set this to false", "trainer.cache_features"))
+
+
+def _judge(
+    tree: Tree,
+    model: MultimodalModel,
+    source: Source | None,
+    collator: Collator,
+    trainer: Trainer,
+    world: World,
+    limit: int | None,
+) -> dict[str, float]:
+    """Every metric on ``data.eval``; the same in every process, so that none waits for another."""
+    metrics = build_metrics(tree)
+    if not metrics or source is None:
+        return {}
+    size = min(len(source), limit or len(source))
+    with recorder.counter("evaluate", size, world.leads) as count:
+        return evaluate_model(
+            model,
+            source,
+            collator,
+            metrics,
+            batch_size=trainer.eval_batch_size,
+            device=world.device,
+            autocast=trainer.autocast(world),
+            limit=limit,
+            workers=trainer.workers,
+            seed=tree["seed"],
+            on_batch=count,
+        )
+
+
+def evaluate(tree: Tree) -> float | None:
+    """Evaluate a checkpoint, or the model as composed; the first metric's main value.
+
+    Raises:
+        UserError: anything that the user can mend.
+    """
+    trainer = build_engine_node(Trainer, tree["trainer"], "trainer")
+    world = distributed.start(trainer.device)
+    try:
+        folder = Path(distributed.agree(tree["output_dir"], world))
+        start = checkpoint.resolve(tree["checkpoint"]) if tree.get("checkpoint") else None
+        if not tree.get("metrics"):
+            raise ConfigError(
+                Problem("there is nothing to measure; choose some, such as metrics=[exact_match]", "metrics")
+            )
+        source = build_source(tree, "eval", {name for name in MODALITIES if tree.get(name)})
+        with recorder.lock(folder) if world.leads else nullcontext():
+            model = build_model(tree)
+            collator = build_collator(tree, model)
+            if start is not None:
+                checkpoint.load(start, model)
+            _cache_features(model, trainer, folder, world)
+            results = _judge(tree, model.to(world.device), source, collator, trainer, world, None)
+            if world.leads:
+                memory = {"peak_memory_bytes": float(recorder.peak_memory_bytes(world.device))}
+                recorder.report(folder, {**results, **memory})
+        return next(iter(results.values()), None)
+    finally:
+        distributed.end()
+
+
+def check(tree: Tree) -> dict[str, Any]:
+    """Build everything on the meta device, where weights take no memory, and count.
+
+    Returns:
+        ``parts`` (name, total, trainable of each), ``total``, ``trainable``, ``tokens`` (of one item, by modality) and
+        ``memory`` (bytes of weights, gradients and optimizer state at training).
+
+    Raises:
+        ConfigError: everything wrong with the parts, at once.
+    """
+    trainer = build_engine_node(Trainer, tree["trainer"], "trainer")
+    build(Schedule, tree["schedule"], "schedule")  # type: ignore[type-abstract]
+    _sources(tree)
+    with torch.device("meta"):
+        model = build_model(tree)
+    build_collator(tree, model)
+    parts = {}
+    for part, module in model.parts().items():
+        node = tree.get(part) or tree["projector"]
+        sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+        total, trainable = sum(n for n, _ in sizes), sum(n for n, learns in sizes if learns)
+        parts[part] = {"name": node["name"], "total": total, "trainable": trainable}
+    if tree.get("checkpoint") is None and not any(part["trainable"] for part in parts.values()):
+        trainer.refuse_nothing_to_train()
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    learning = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return {
+        "parts": parts,
+        "total": sum(part["total"] for part in parts.values()),
+        "trainable": sum(part["trainable"] for part in parts.values()),
+        "tokens": dict(model.tokens_per_item),
+        "memory": {"weights": weights, "gradients": learning, "optimizer": 2 * learning},
+    }

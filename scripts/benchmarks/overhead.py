@@ -1,0 +1,209 @@
+"""Our composite against the same model written by hand: what the abstractions cost in a train step and a forward pass.
+
+Steps of both sides alternate in one process: `Trainer.fit` calls back after each of its steps, and the other side takes one.
+"""
+
+from __future__ import annotations
+
+import random
+import string
+import time
+from collections.abc import Callable
+from itertools import repeat
+from typing import Any
+
+import torch
+from benchmarks.harness import Result, compare
+from benchmarks.plain import Plain
+from torch import nn
+
+from mllm_factory import VISION, Batch, Message, MultimodalModel, Sample, build
+from mllm_factory.assemble import build_collator, build_model
+from mllm_factory.distributed import World
+from mllm_factory.interfaces import Schedule
+from mllm_factory.trainer import Trainer, TrainState
+
+LR = 1e-3
+SIZES: dict[str, dict[str, Any]] = {
+    "10M": {
+        "hidden_size": 384,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    },
+    "0.3M": {
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    },
+}
+MARKS = {"10M": 1.03, "0.3M": 1.10}
+SAME = 1e-6
+
+
+def tree(sizes: dict[str, Any]) -> dict[str, Any]:
+    """The tree of a small frozen vision transformer, a two-layer MLP and a Llama with a byte vocabulary."""
+    return {
+        "seed": 0,
+        "vision": {"name": "timm", "architecture": "test_vit", "image_size": 96},
+        "projector": {"name": "mlp", "depth": 2},
+        "backbone": {"name": "hf", "architecture": "llama", "sizes": sizes, "tokenizer": "bytes"},
+        "tuning": {"vision": {"name": "frozen"}, "projector": {"name": "full"}, "backbone": {"name": "full"}},
+        "data": {"max_length": 512},
+    }
+
+
+def samples(n: int) -> list[Sample]:
+    """Pictures of noise with questions of 20 to 40 letters and answers of 4 to 12."""
+    from PIL import Image
+
+    draw = random.Random(0)
+    made = []
+    for i in range(n):
+        question, answer = ("".join(draw.choices(string.ascii_lowercase, k=draw.randint(*r))) for r in ((20, 40), (4, 12)))
+        picture = Image.frombytes("RGB", (96, 96), draw.randbytes(96 * 96 * 3))
+        messages = (Message("user", f"<image>{question}"), Message("assistant", answer))
+        made.append(Sample(str(i), messages, {"vision": (picture,)}))
+    return made
+
+
+def by_hand(ours: MultimodalModel, sizes: dict[str, Any]) -> Plain:
+    """The hand-written model with our weights."""
+    encoder = ours.encoders["vision"]
+    weights = {k.removeprefix("backbone.model."): v.clone() for k, v in ours.state_dict().items()}
+    plain = Plain(
+        encoder=encoder,
+        features=encoder.dim,  # type: ignore[arg-type]
+        vocabulary=len(weights["lm_head.weight"]),
+        dim=sizes["hidden_size"],
+        hidden=sizes["intermediate_size"],
+        layers=sizes["num_hidden_layers"],
+        heads=sizes["num_attention_heads"],
+        kv_heads=sizes["num_key_value_heads"],
+        positions=sizes["max_position_embeddings"],
+    )
+    renamed = {k.removeprefix("model.").replace("projectors.vision.layers.", "projector."): v for k, v in weights.items()}
+    renamed = {k.replace("encoders.vision.", "encoder."): v for k, v in renamed.items()}
+    plain.load_state_dict(renamed)
+    return plain
+
+
+def plain_stepper(model: Plain, batch: Batch) -> Callable[[], torch.Tensor]:
+    """A train step as one writes it in a script; gives the mean loss."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": 0.01},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.99), fused=True)
+    given = plain_batch(batch)
+
+    def step() -> torch.Tensor:
+        loss_sum, n = model(*given)
+        loss = loss_sum / n
+        loss.backward()
+        nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def plain_batch(batch: Batch) -> tuple[torch.Tensor, ...]:
+    """The same tensors as the hand-written model takes them."""
+    return batch.input_ids, batch.labels, batch.modality == VISION, batch.media["vision"]
+
+
+class Clock:
+    """Wall and CPU milliseconds since the last look."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Start again."""
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def look(self) -> tuple[float, float]:
+        """Milliseconds since the last reset or look."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        spent = (wall - self.wall) * 1e3, (cpu - self.cpu) * 1e3
+        self.wall, self.cpu = wall, cpu
+        return spent
+
+
+Times = list[tuple[float, float]]
+
+
+def alternate_steps(ours: MultimodalModel, other: Callable[[], Any], batch: Batch, runs: int) -> tuple[Any, ...]:
+    """Times of our steps and of the other side's, and both sides' losses, step by step. The first two steps warm up."""
+    trainer = Trainer(max_steps=runs + 2, device="cpu")
+    wrapped, state = trainer.prepare(ours, World(0, 1, torch.device("cpu")))
+    schedule = build(Schedule, {"name": "constant", "lr": LR}, "schedule")  # type: ignore[type-abstract]
+    clock, ours_times, other_times, losses = Clock(), [], [], []
+
+    def on_step(state: TrainState, facts: dict[str, Any]) -> None:
+        mine = clock.look()
+        loss = other()
+        theirs = clock.look()
+        if state.step > 2:
+            ours_times.append(mine)
+            other_times.append(theirs)
+        losses.append((float(facts["loss_sum"] / facts["num_labels"]), float(loss)))
+        clock.reset()
+
+    trainer.fit(wrapped, state, schedule, repeat(batch), on_step)
+    return ours_times, other_times, losses
+
+
+@torch.no_grad()
+def alternate_forwards(ours: Callable[[], Any], other: Callable[[], Any], runs: int) -> tuple[Times, Times]:
+    """Times of both sides' forward passes, alternating; the first two warm up."""
+    clock, times = Clock(), ([], [])
+    for i in range(runs + 2):
+        for call, into in ((ours, times[0]), (other, times[1])):
+            clock.reset()
+            call()
+            spent = clock.look()
+            if i >= 2:
+                into.append(spent)
+    return times
+
+
+def run(runs: int | None, small: bool) -> Result:
+    """Both sizes: forward and step. ``small``: a tiny batch and only the small size."""
+    result = Result("overhead", "the same model in plain PyTorch")
+    torch.manual_seed(0)
+    for name, sizes in SIZES.items():
+        if small and name != "0.3M":
+            continue
+        _case(result, name, sizes, runs or (30 if name == "10M" else 60), 2 if small else 32)
+    return result
+
+
+def _case(result: Result, name: str, sizes: dict[str, Any], runs: int, batch_size: int) -> None:
+    node = tree(sizes)
+    ours = build_model(node)
+    batch = build_collator(node, ours)(samples(batch_size))
+    plain = by_hand(ours, sizes)
+    ours.train(), plain.train()
+    ours.encoders.eval()  # the encoder is shared, and frozen on both sides
+    given = plain_batch(batch)
+    forwards = alternate_forwards(lambda: ours(batch), lambda: plain(*given), runs)
+    *steps, losses = alternate_steps(ours, plain_stepper(plain, batch), batch, runs)
+    for what, (mine, theirs), mark in (("step", steps, MARKS[name]), ("forward", forwards, MARKS[name])):
+        for unit, i in (("ms", 0), ("CPU ms", 1)):
+            row = compare(f"{name} {what}", unit, [t[i] for t in mine], [t[i] for t in theirs], "<=", None if i else mark)
+            result.rows.append(row)
+    gaps = [abs(a - b) / abs(b) for a, b in losses]
+    trainable = sum(p.numel() for p in ours.parameters() if p.requires_grad)
+    result.facts[f"{name} trainable"] = trainable
+    result.facts[f"{name} batch"] = list(batch.input_ids.shape)
+    result.facts[f"{name} loss"] = {"ours": losses[0][0], "other": losses[0][1], "difference": gaps[0], "at the end": gaps[-1]}
+    result.checks[f"{name} losses equal to {SAME:g}"] = gaps[0] <= SAME
