@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mllm_factory.registry import build as build
     from mllm_factory.registry import names as names
     from mllm_factory.registry import register as register
+    from mllm_factory.template import resolve_template as resolve_template
     from mllm_factory.trainer import TrainState as TrainState
     from mllm_factory.types import AUDIO as AUDIO
     from mllm_factory.types import IGNORE_INDEX as IGNORE_INDEX
@@ -44,6 +45,7 @@ _HOME = {
     "model": "MultimodalModel",
     "pretrained": "load_matching locate on_meta",
     "registry": "build names register",
+    "template": "resolve_template",
     "trainer": "TrainState",
     "types": "AUDIO IGNORE_INDEX TEXT VISION Batch Message Output Sample",
 }

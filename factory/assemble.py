@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
 
+from mllm_factory import files
 from mllm_factory.data import Collator
 from mllm_factory.errors import ConfigError, Problem
 from mllm_factory.interfaces import Backbone, Encoder, Metric, Projector, Source, Tuning
 from mllm_factory.media import BLANK
 from mllm_factory.model import MultimodalModel
+from mllm_factory.randomness import seed_all, seed_of
 from mllm_factory.registry import build, schema_of, validate_options
 from mllm_factory.types import MODALITIES
 
 T = TypeVar("T")
 Tree = Mapping[str, Any]
+MISFITS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+"""What torch and user code raise at tensors of the wrong size."""
 
 
 def build_model(tree: Tree) -> MultimodalModel:
@@ -29,7 +32,7 @@ def build_model(tree: Tree) -> MultimodalModel:
     problems: list[Problem] = []
 
     def attempt(kind: type[T], key: str, node: Any, **given: Any) -> T | None:
-        torch.manual_seed(seed_of(tree["seed"], key))
+        seed_all(seed_of(tree["seed"], key))
         try:
             return build(kind, node, key, **given)  # type: ignore[type-abstract]
         except ConfigError as error:
@@ -53,10 +56,6 @@ def build_model(tree: Tree) -> MultimodalModel:
     return model
 
 
-def seed_of(seed: int, key: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} {key}".encode()).digest()[:7], "big")
-
-
 def _wrong_modality(name: str, encoder: Encoder) -> list[Problem]:
     if encoder.modality == name:
         return []
@@ -75,8 +74,8 @@ def _require_shapes(model: MultimodalModel) -> None:
             with torch.no_grad():
                 encoded = encoder.eval()(items)
                 projected = model.projectors[name].eval()(encoded)
-        except RuntimeError as error:
-            problems.append(Problem(f"encoder and projector do not fit: {str(error).splitlines()[0]}", name))
+        except MISFITS as error:
+            problems.append(Problem(f"encoder and projector do not fit: {files.reason(error)}", name))
             continue
         for what, says, gives in (
             ("encoder", (1, encoder.num_tokens, encoder.dim), encoded.shape),
@@ -108,7 +107,7 @@ def tune(model: MultimodalModel, tree: Tree) -> None:
                 Problem(f"no strategy for this part; for example tuning.{key}.name=frozen", f"tuning.{key}")
             )
             continue
-        torch.manual_seed(seed_of(tree["seed"], f"tuning.{part}"))
+        seed_all(seed_of(tree["seed"], f"tuning.{part}"))
         for strategy in node if isinstance(node, list) else [node]:
             try:
                 build(Tuning, strategy, f"tuning.{key}").apply(module, model)  # type: ignore[type-abstract]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mllm_factory.errors import Problem, hint
 from mllm_factory.registry import MISSING, validate, validate_options
-from mllm_factory.schema import Schema, of_source
+from mllm_factory.schema import Param, Schema, of_source
 
 PARTS = ("vision", "audio", "projector", "audio_projector", "backbone")
 """The parts of a model, as ``tuning`` names them."""
@@ -114,7 +115,7 @@ def _check_data(tree: Mapping[str, Any], registered_only: bool, evaluate: bool) 
     for key, needed in (("train", not evaluate), ("eval", evaluate)):
         if needed or (key == "eval" and data.get(key) is not None):
             problems += validate("Source", data.get(key), f"data.{key}", (), registered_only)[1]
-    options = {key: value for key, value in data.items() if key not in ("train", "eval")}
+    options = {key: None if key in ("train", "eval") else value for key, value in data.items()}
     return problems + _check_engine_node("data", "Collator", options, "data", _COLLATOR_GIVEN)
 
 
@@ -146,4 +147,9 @@ def engine_schema(module: str, cls: str) -> Schema:
 def _check_engine_node(module: str, cls: str, node: Any, key: str, given: tuple[str, ...] = ()) -> list[Problem]:
     if not isinstance(node, Mapping):
         return [Problem(f"expected a mapping of options, got {node!r}", key)]
-    return validate_options(engine_schema(module, cls), node, key, given, key)[1]
+    schema = engine_schema(module, cls)
+    if key == "data":  # the node holds the two sources beside the collator's options
+        schema = replace(
+            schema, params={**schema.params, "train": Param("train", "Any", None), "eval": Param("eval", "Any", None)}
+        )
+    return validate_options(schema, node, key, given, key)[1]

@@ -1,129 +1,145 @@
-"""What happens after a step of training: log, evaluate, save."""
+"""What happens after a step of training: count, log, evaluate, save."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from mllm_factory import checkpoint, distributed, recorder
-from mllm_factory.distributed import World
+from mllm_factory import distributed, randomness, recorder, runs
+from mllm_factory.checkpoint import Writer
 from mllm_factory.interfaces import Schedule
 from mllm_factory.recorder import Recorder
 from mllm_factory.trainer import Trainer, TrainState
 
 
-def random_state(world: World) -> dict[str, torch.Tensor]:
-    """The state of this process's random generators."""
-    state = {"cpu": torch.get_rng_state()}
-    if world.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def restore(start: Path, state: TrainState, schedule: Schedule) -> float:
-    """Put optimizer, schedule, step and random state of this process back; the seconds trained so far."""
-    progress = checkpoint.read_progress(start)
+def restore(progress: Mapping[str, Any], state: TrainState, schedule: Schedule) -> None:
+    """Put optimizer, schedule, step and random generators of this process back."""
     distributed.load_optimizer(state.model, state.optimizer, progress["optimizer"])
     schedule.load_state_dict(progress["schedule"])
     state.step = progress["step"]
     if state.world.rank < len(progress["random"]):
-        mine = progress["random"][state.world.rank]
-        torch.set_rng_state(mine["cpu"])
-        if state.world.device.type == "cuda" and "cuda" in mine:
-            torch.cuda.set_rng_state(mine["cuda"])
-    return float(progress["seconds"])
+        randomness.restore(progress["random"][state.world.rank], state.world.device)
 
 
 class Follower:
     """Called by the trainer after each step.
 
     Args:
+        trainer: how often to log, evaluate and save.
+        writer: of checkpoints.
+        lines: writes ``metrics.jsonl``.
         judge: evaluates the model on so many samples (None: all) and gives flat keys to numbers.
-        seconds: trained in earlier attempts.
-        step: where this attempt starts.
+        counts: what ``progress`` of the checkpoint to continue from holds; empty at the start of a run.
     """
 
     def __init__(
         self,
-        tree: Mapping[str, Any],
-        folder: Path,
         trainer: Trainer,
         schedule: Schedule,
+        writer: Writer,
         lines: Recorder,
         judge: Callable[[int | None], dict[str, float]],
-        seconds: float,
+        counts: Mapping[str, float],
     ) -> None:
-        self.tree, self.folder, self.trainer, self.schedule = tree, folder, trainer, schedule
-        self.lines, self.judge = lines, judge
-        self.seconds, self.begun = seconds, time.monotonic()
-        self.samples = self.refused = 0
-        self._clear()
+        self.trainer, self.schedule, self.writer, self.lines, self.judge = trainer, schedule, writer, lines, judge
+        self.world = writer.world
+        mine = counts if self.world.leads else {}  # they are sums over all processes
+        self.samples, self.refused = int(mine.get("samples", 0)), int(mine.get("refused", 0))
+        self.loss_sum = self._zero() + mine.get("loss_sum", 0.0)
+        self.num_labels = self._zero() + counts.get("num_labels", 0.0)
+        self.seconds = counts.get("seconds", 0.0)
+        self.logged = self.samples  # how many the last line has seen
+        self.begun = self.since = time.monotonic()
 
-    def _clear(self) -> None:
-        self.loss_sum, self.num_labels, self.recent, self.since = torch.zeros(()), torch.zeros(()), 0, time.monotonic()
+    def _zero(self) -> Tensor:
+        return torch.zeros((), dtype=torch.float64, device=self.world.device)
 
-    def __call__(self, state: TrainState, facts: dict[str, Any]) -> None:
-        """Log, evaluate and save where it is time to."""
+    def __call__(self, state: TrainState, facts: Mapping[str, Tensor]) -> None:
+        """Count; log, evaluate and save where it is time to."""
         self._count(state, facts)
         last = state.step == self.trainer.max_steps
         if state.step % self.trainer.log_every == 0 or last:
-            self.lines.write(state.step, self._line(state, facts))
-            self._clear()
-        if self.trainer.eval_every and state.step % self.trainer.eval_every == 0 and not last:
-            self._evaluate(state.step)
-        if state.step % self.trainer.save_every == 0 or last:
-            self._save(state)
+            self._log(state, float(facts["grad_norm"]))
+        with self._not_training():
+            if self.trainer.eval_every and state.step % self.trainer.eval_every == 0 and not last:
+                results = self.judge(self.trainer.eval_limit)
+                self.lines.write(state.step, {f"eval/{key}": value for key, value in results.items()})
+            if state.step % self.trainer.save_every == 0 or last:
+                self._save(state)
 
-    def _count(self, state: TrainState, facts: dict[str, Any]) -> None:
-        self.loss_sum = self.loss_sum + distributed.total(facts["loss_sum"].double(), state.world).cpu()
-        self.num_labels = self.num_labels + facts["num_labels"].cpu()
-        count = sum(len(batch.ids) for batch in state.batches) * state.world.size
-        self.samples, self.recent = self.samples + count, self.recent + count
+    def _count(self, state: TrainState, facts: Mapping[str, Tensor]) -> None:
+        """Add up; sums stay on the device, so that nothing waits for it."""
+        self.loss_sum += facts["loss_sum"].double()
+        self.num_labels += facts["num_labels"]
         self.refused += sum(batch.refused for batch in state.batches)
-        self.seconds, self.begun = self.seconds + time.monotonic() - self.begun, time.monotonic()
+        self.samples += sum(len(batch.ids) for batch in state.batches)
+        now = time.monotonic()
+        self.seconds, self.begun = self.seconds + now - self.begun, now
         self.lines.advance(state.step)
 
-    def _line(self, state: TrainState, facts: dict[str, Any]) -> dict[str, float]:
+    @contextmanager
+    def _not_training(self) -> Iterator[None]:
+        """Stop the clocks."""
+        stopped = time.monotonic()
+        yield
+        pause = time.monotonic() - stopped
+        self.begun, self.since = self.begun + pause, self.since + pause
+
+    def _counts(self) -> dict[str, float]:
+        """Sums over all processes."""
+        own = torch.stack([self.loss_sum, *(self._zero() + n for n in (self.samples, self.refused, self.logged))])
+        loss_sum, samples, refused, logged = distributed.total(own, self.world).tolist()
         return {
-            "loss": float(self.loss_sum / self.num_labels),
-            "grad_norm": float(facts["grad_norm"]),
-            **{f"lr/{group['name']}": float(group["lr"]) for group in state.optimizer.param_groups},
-            "samples_per_second": self.recent / (time.monotonic() - self.since),
+            "loss_sum": loss_sum,
+            "num_labels": float(self.num_labels),
+            "samples": samples,
+            "refused": refused,
+            "unlogged": samples - logged,
             "seconds": self.seconds,
-            "refused": float(self.refused),
-            "peak_memory_bytes": float(recorder.peak_memory_bytes(state.world.device)),
         }
 
-    def _evaluate(self, step: int) -> None:
-        results = self.judge(self.trainer.eval_limit)
-        self.lines.write(step, {f"eval/{key}": value for key, value in results.items()})
-        self.since = self.begun = time.monotonic()  # judging is not training
+    def _log(self, state: TrainState, grad_norm: float) -> None:
+        counts = self._counts()
+        values = {
+            "loss": counts["loss_sum"] / counts["num_labels"],
+            "grad_norm": grad_norm,
+            **{f"lr/{group['name']}": float(group["lr"]) for group in state.optimizer.param_groups},
+            "samples_per_second": counts["unlogged"] / (time.monotonic() - self.since),
+            "seconds": self.seconds,
+            "refused": counts["refused"],
+            "peak_memory_bytes": float(recorder.peak_memory_bytes(self.world.device)),
+        }
+        self.lines.write(state.step, values)
+        self.loss_sum, self.num_labels, self.logged = self._zero(), self._zero(), self.samples
+        self.since = time.monotonic()
 
     def _save(self, state: TrainState) -> None:
+        self.lines.flush()  # what a checkpoint follows must not be lost when the machine stops
         progress = {
             "step": state.step,
-            "optimizer": distributed.optimizer_state(state.model, state.optimizer),
+            "optimizer": distributed.optimizer_state(state.model, state.optimizer, self.world),
             "schedule": self.schedule.state_dict(),
-            "random": distributed.gather(random_state(state.world), state.world),
-            "seconds": self.seconds,
+            "random": distributed.gather(randomness.snapshot(self.world.device), self.world),
+            "counts": self._counts(),
         }
-        checkpoint.save(self.folder, self.tree, state.model, progress, state.world, self.trainer.keep)
+        self.writer.save(state.model, progress)
 
     def summary(self, state: TrainState) -> dict[str, float]:
-        """The training part of the report. Speed counts this attempt's steps, without evaluations."""
-        saved = self.folder / "checkpoints" / f"step_{state.step:06d}" / "model.safetensors"
-        done = state.step * self.trainer.batch_size * self.trainer.accumulate * state.world.size
+        """The training part of the report; evaluating and saving are not in the time. To be called in every process."""
+        counts = self._counts()
+        saved = runs.folder_of(self.writer.run, state.step) / "model.safetensors"
         return {
             "train/steps": float(state.step),
             "train/seconds": self.seconds,
-            "train/samples_per_second": done / self.seconds if self.seconds else 0.0,
-            "train/refused": float(self.refused),
+            "train/samples_per_second": counts["samples"] / self.seconds if self.seconds else 0.0,
+            "train/refused": counts["refused"],
             "parameters/total": float(sum(p.numel() for p in state.model.parameters())),
             "parameters/trainable": float(sum(p.numel() for p in state.model.parameters() if p.requires_grad)),
             "checkpoint_bytes": float(saved.stat().st_size) if saved.exists() else float("nan"),
-            "peak_memory_bytes": float(recorder.peak_memory_bytes(state.world.device)),
+            "peak_memory_bytes": float(recorder.peak_memory_bytes(self.world.device)),
         }

@@ -9,16 +9,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count, pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mllm_factory.errors import ConfigError, DataError, UserError
 from mllm_factory.interfaces import Source
-from mllm_factory.types import Batch, Sample
+from mllm_factory.types import Sample
 
-Collate = Callable[[Sequence[Sample]], Batch]
+T = TypeVar("T")
+Collate = Callable[[Sequence[Sample]], T]
 Length = Callable[[int], int]
 WINDOW = 16
 """Batches of an evaluation whose samples are sorted by length together."""
@@ -82,13 +83,13 @@ class Order:
 
 
 def train_batches(
-    source: Source, collate: Collate, order: Order, *, first: int, world: int, rank: int, workers: int, pin: bool
-) -> Iterator[Batch]:
+    source: Source, collate: Collate[T], order: Order, *, first: int, world: int, rank: int, workers: int, pin: bool
+) -> Iterator[T]:
     """Micro-batches ``first + rank``, ``first + rank + world``, ... of an endless run.
 
     Args:
         source: the samples that ``order`` counts.
-        collate: samples -> batch.
+        collate: samples -> batch (or whatever is wanted of them).
         order: which samples make which micro-batch.
         first: number of the first micro-batch of all processes.
         world: processes.
@@ -104,7 +105,7 @@ def train_batches(
 
 def eval_batches(
     source: Source,
-    collate: Collate,
+    collate: Collate[T],
     *,
     batch_size: int,
     seed: int,
@@ -112,7 +113,7 @@ def eval_batches(
     length: Length | None,
     workers: int,
     pin: bool,
-) -> Iterator[Batch]:
+) -> Iterator[T]:
     """The samples of an evaluation, once each: the first ``limit`` of a seeded permutation, batches of similar length.
 
     Batches differ in size by at most one, and none has a single sample unless there is only one: an ablation exchanges media
@@ -164,13 +165,13 @@ class _Failure(NamedTuple):
     error: UserError
 
 
-class _Batches(Dataset[Any]):
+class _Batches(Dataset[T | _Failure]):
     """Batches by their lists of sample indices."""
 
-    def __init__(self, source: Source, collate: Collate) -> None:
+    def __init__(self, source: Source, collate: Collate[T]) -> None:
         self.source, self.collate = source, collate
 
-    def __getitem__(self, indices: list[int]) -> Batch | _Failure:
+    def __getitem__(self, indices: list[int]) -> T | _Failure:
         try:
             return self.collate([self._sample(i) for i in indices])
         except UserError as error:
@@ -195,7 +196,7 @@ class _Indices:
         return iter(self.indices)
 
 
-def _load(source: Source, collate: Collate, indices: Iterator[list[int]], workers: int, pin: bool) -> Iterator[Batch]:
+def _load(source: Source, collate: Collate[T], indices: Iterator[list[int]], workers: int, pin: bool) -> Iterator[T]:
     loader = DataLoader(
         _Batches(source, collate),
         sampler=_Indices(indices),
@@ -211,5 +212,5 @@ def _load(source: Source, collate: Collate, indices: Iterator[list[int]], worker
         yield batch
 
 
-def _same(batch: Batch | _Failure) -> Batch | _Failure:
+def _same(batch: Any) -> Any:
     return batch

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -51,16 +52,22 @@ class MultimodalModel(nn.Module):
 
         Hidden states are gathered before the head: no [B, T, V] tensor exists.
         """
-        self.batch = batch
-        try:
+        keep = F.pad(batch.labels[:, 1:] != IGNORE_INDEX, (0, 1)).flatten()  # [B * T]
+        places = keep.nonzero()[:, 0]  # [N]; found first, because a device has to finish its work for it
+        with self._sees(batch):
             hidden = self.backbone(self.embed(batch), self._mask(batch))  # [B, T, D]
-        finally:
-            self.batch = None
-        targets = batch.labels[:, 1:]
-        keep = targets != IGNORE_INDEX
-        scores = self.backbone.logits(hidden[:, :-1][keep]).float()  # [N, V]
-        loss_sum = F.cross_entropy(scores, targets[keep], reduction="sum")
+        scores = self.backbone.logits(hidden.flatten(0, 1).index_select(0, places)).float()  # [N, V]
+        loss_sum = F.cross_entropy(scores, batch.labels.flatten()[places + 1], reduction="sum")
         return Output(loss_sum, keep.sum(), scores if logits else None)
+
+    @contextmanager
+    def _sees(self, batch: Batch | None) -> Iterator[None]:
+        """Show a batch to hooks."""
+        before, self.batch = self.batch, batch
+        try:
+            yield
+        finally:
+            self.batch = before
 
     def _mask(self, batch: Batch) -> Tensor | None:
         """Causal attention never looks at padding on the right, so only rows padded on the left need a mask."""
@@ -74,18 +81,27 @@ class MultimodalModel(nn.Module):
         """
         embeds = self.backbone.embed(batch.input_ids)
         for name, items in batch.media.items():
-            positions = batch.modality == MODALITIES[name]  # [B, T]
             if items.shape[0] == 0:
                 embeds = embeds + self._nothing(name, items, embeds)
                 continue
+            positions = batch.modality == MODALITIES[name]  # [B, T]
             features = self.features(name, items)  # [n, k, D]
-            if features[..., 0].numel() != batch.modality.eq(MODALITIES[name]).sum():
-                raise DataError(
-                    f"{name}: the batch reserves {int(positions.sum())} positions but {features.shape[0]} items give "
-                    f"{features.shape[0]} x {features.shape[1]} features; the projector's num_tokens is wrong"
-                )
+            self._require_fit(name, positions, features)
             embeds = embeds.masked_scatter(positions[..., None], features.to(embeds.dtype))
         return embeds
+
+    def _require_fit(self, name: str, positions: Tensor, features: Tensor) -> None:
+        n, k = features.shape[:2]
+        if k != self.tokens_per_item[name]:
+            raise DataError(
+                f"{name}: the projector gives {k} tokens an item but its num_tokens says {self.tokens_per_item[name]}; correct it"
+            )
+        if (
+            positions.device.type == "cpu" and int(positions.sum()) != n * k
+        ):  # elsewhere counting would wait for the device
+            raise DataError(
+                f"{name}: the batch reserves {int(positions.sum())} positions but {n} items give {n} x {k} features"
+            )
 
     def features(self, name: str, items: Tensor) -> Tensor:
         """Encode and project items of one modality: [n, *item_shape] -> [n, k, D]. No graph through a frozen encoder."""
@@ -98,19 +114,25 @@ class MultimodalModel(nn.Module):
         """0, in a way that touches every weight of the modality's path.
 
         A batch without pictures then takes the same path as any other: no process of several waits for a gradient that
-        never comes.
+        never comes. It runs in eval mode, as an item that nobody sees must leave no trace in running statistics.
         """
-        if not (torch.is_grad_enabled() and (learns(self.encoders[name]) or learns(self.projectors[name]))):
+        path = [self.encoders[name], self.projectors[name]]
+        if not (torch.is_grad_enabled() and any(map(learns, path))):
             return 0.0
-        return 0.0 * self.features(name, items.new_zeros(1, *items.shape[1:])).sum().to(embeds.dtype)
+        modes = {module: module.training for part in path for module in part.modules()}
+        for part in path:
+            part.eval()
+        nothing = 0.0 * self.features(name, items.new_zeros(1, *items.shape[1:])).sum().to(embeds.dtype)
+        for module, mode in modes.items():
+            module.training = mode
+        return nothing
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, use_cache: bool = True) -> list[str]:
         """Greedy answers to a batch of left-padded prompts, one text a row."""
         if len(batch.ids) == 0:
             return []
-        self.batch = batch
-        try:
+        with self._sees(batch):
             ids = self.backbone.generate(
                 self.embed(batch),
                 batch.attention_mask,
@@ -118,35 +140,42 @@ class MultimodalModel(nn.Module):
                 stop_ids=self.template.stop_ids,
                 use_cache=use_cache,
             )
-        finally:
-            self.batch = None
         return [text.strip() for text in self.backbone.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode for what learns. Parts without a trainable weight stay in eval mode, and so do modules that keep
-        running statistics (persistent buffers) but have no trainable weight of their own."""
+        """Training mode for what learns.
+
+        Parts without a trainable weight stay in eval mode, and so do single modules that keep running statistics
+        (persistent buffers) but have no trainable weight of their own.
+        """
         super().train(mode)
         for part in self.parts().values() if mode else ():
             if not learns(part):
                 part.eval()
                 continue
             for module in part.modules():
-                if any(True for _ in _own_buffers(module)) and not any(
-                    p.requires_grad for p in module.parameters(recurse=False)
-                ):
-                    module.train(False)
+                if _own_buffers(module) and not any(p.requires_grad for p in module.parameters(recurse=False)):
+                    module.training = False
         return self
 
     def checkpoint_activations(self) -> None:
-        """Recompute each decoder layer in the backward pass. Hooks on a layer run outside of the recomputation."""
+        """Recompute each decoder layer in the backward pass.
+
+        Hooks on a layer run outside of the recomputation, hooks inside of it run again; both see ``batch``.
+        """
         for layer in self.backbone.layers:
-            layer.forward = partial(_checkpointed, layer.forward)  # type: ignore[method-assign]
+            layer.forward = partial(self._recomputed, layer.forward)  # type: ignore[method-assign]
 
+    def _recomputed(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        batch = self.batch
 
-def _checkpointed(forward, *args, **kwargs):  # type: ignore[no-untyped-def] - any signature passes through
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        def again(*args: Any, **kwargs: Any) -> Any:
+            with self._sees(batch):
+                return forward(*args, **kwargs)
+
+        return checkpoint(again, *args, use_reentrant=False, **kwargs)
 
 
 def learns(module: nn.Module) -> bool:
@@ -154,15 +183,23 @@ def learns(module: nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
 
 
-def _own_buffers(module: nn.Module) -> list[str]:
-    """Names of a module's own buffers that belong to its state (running statistics, not caches)."""
-    return [name for name, _ in module.named_buffers(recurse=False) if name not in module._non_persistent_buffers_set]
+def state_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name; what two names share appears once."""
+    tensors: dict[str, Tensor] = dict(module.named_parameters())
+    for prefix, owner in module.named_modules():
+        tensors |= {f"{prefix}.{name}".lstrip("."): owner.get_buffer(name) for name in _own_buffers(owner)}
+    return tensors
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What training changes: trainable parameters, and the running statistics that belong to them. Names as in the model."""
-    tensors = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+    tensors: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for prefix, module in model.named_modules():
         if any(p.requires_grad for p in module.parameters(recurse=False)):
-            tensors |= {f"{prefix}.{name}": module.get_buffer(name) for name in _own_buffers(module)}
+            tensors |= {f"{prefix}.{name}".lstrip("."): module.get_buffer(name) for name in _own_buffers(module)}
     return tensors
+
+
+def _own_buffers(module: nn.Module) -> list[str]:
+    """Names of a module's own buffers that belong to its state (running statistics, not caches)."""
+    return [name for name, _ in module.named_buffers(recurse=False) if name not in module._non_persistent_buffers_set]

@@ -131,6 +131,15 @@ def comments(file: Path) -> dict[tuple[str, ...], str]:
     return {key: match.group(1).strip() if match else "" for key, match in found.items()}
 
 
+def searchpath(file: Path) -> list[str]:
+    """``hydra.searchpath`` of a primary config; empty where it has none or is no YAML."""
+    try:
+        tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+        return list(tree["hydra"]["searchpath"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return []
+
+
 def about(file: Path) -> str:
     """The first comment line of a file that is no Hydra directive: what the preset is."""
     for line in file.read_text(encoding="utf-8").splitlines():

@@ -59,7 +59,9 @@ def _in_package(pretrained: str) -> Path:
     package, *deeper = dotted.split(".")
     spec = find_spec(package) if package else None  # of the top package only: finding a deeper one would import it
     if spec is None:
-        remedy = f"pip install {package.replace('_', '-')}" if package else "write pkg://package or pkg://package/inner/path"
+        remedy = (
+            f"pip install {package.replace('_', '-')}" if package else "write pkg://package or pkg://package/inner/path"
+        )
         raise ConfigError(f"'{pretrained}': no installed package '{package}'; {remedy}")
     roots = [Path(root) for root in spec.submodule_search_locations or ()]
     for root in roots:
@@ -173,7 +175,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).partition("\n")[0]
-        raise ConfigError(f"{path} cannot be read as weights ({type(error).__name__}: {reason}); is it complete?") from error
+        raise ConfigError(
+            f"{path} cannot be read as weights ({type(error).__name__}: {reason}); is it complete?"
+        ) from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import resource
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mllm_factory.errors import CheckpointError, ConfigError
+from mllm_factory import files
+from mllm_factory.errors import CheckpointError, ConfigError, Problem
 
 console = Console(stderr=True)
 
 
-def lock(folder: Path) -> IO[str]:
-    """Make a run's folder and hold it for this process; the returned file keeps the lock while it is open.
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Make a run's folder and hold it for this process.
 
     Raises:
         ConfigError: it cannot be made or written.
@@ -33,15 +35,21 @@ def lock(folder: Path) -> IO[str]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("w")
     except OSError as error:
-        raise ConfigError(f"output_dir: {folder} cannot be written: {error.strerror}; choose another") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise CheckpointError(
-            f"another process is running in {folder}; wait for it, or choose another output_dir"
+        raise ConfigError(
+            Problem(f"{folder} cannot be written: {files.reason(error)}; choose another", "output_dir")
         ) from error
-    return file
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by loader workers
+        except (BlockingIOError, PermissionError) as error:
+            raise CheckpointError(
+                f"another process is running in {folder}; wait for it, or choose another output_dir"
+            ) from error
+        except OSError as error:  # a file system without locks
+            raise ConfigError(
+                Problem(f"{folder} cannot be locked: {files.reason(error)}; choose another", "output_dir")
+            ) from error
+        yield
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -67,11 +75,10 @@ class Recorder:
     """
 
     def __init__(self, folder: Path, max_steps: int, step: int, tensorboard: bool, active: bool) -> None:
-        self.folder, self.active = folder, active
-        self.started = time.monotonic()
+        self.file, self.active = folder / "metrics.jsonl", active
         self.writer = _event_writer(folder, step) if tensorboard and active else None
         if active:
-            _drop_after(folder / "metrics.jsonl", step)
+            _drop_after(self.file, step)
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -92,6 +99,11 @@ class Recorder:
         if self.writer is not None:
             self.writer.close()
 
+    def flush(self) -> None:
+        """Wait until all lines are on the disk."""
+        if self.active and self.file.exists():
+            files.flush(self.file)
+
     def advance(self, step: int) -> None:
         """Move the bar."""
         self.bar.update(self.task, completed=step)
@@ -100,8 +112,7 @@ class Recorder:
         """One line of ``metrics.jsonl``: ``step`` and flat keys to numbers."""
         if not self.active:
             return
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        files.append(self.file, json.dumps({"step": step, **numbers(values)}))
         if self.writer is not None:
             for key, value in values.items():
                 self.writer.add_scalar(key, value, step)
@@ -134,9 +145,7 @@ def _drop_after(file: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):  # cut off by a crash
             continue
-    tmp = file.with_suffix(".tmp")
-    tmp.write_text("".join(kept), encoding="utf-8")
-    tmp.replace(file)
+    files.write(file, "".join(kept))
 
 
 @contextmanager
@@ -155,13 +164,15 @@ def counter(what: str, total: int, active: bool) -> Iterator[Callable[[int], Non
         yield lambda count: bar.advance(task, count)
 
 
+def numbers(values: Mapping[str, float]) -> dict[str, float | None]:
+    """Values as JSON can hold them: what is not finite becomes null."""
+    return {key: float(value) if math.isfinite(value) else None for key, value in values.items()}
+
+
 def report(folder: Path, values: Mapping[str, float]) -> Path:
-    """Write ``report.json`` (NaN as null) and print it as a table."""
+    """Write ``report.json`` and print it as a table."""
     path = folder / "report.json"
-    tmp = path.with_suffix(".tmp")
-    numbers = {key: (value if value == value else None) for key, value in values.items()}
-    tmp.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    tmp.replace(path)
+    files.write(path, json.dumps(numbers(values), indent=1) + "\n")
     table = Table(title=str(path), title_justify="left")
     table.add_column("key")
     table.add_column("value", justify="right")

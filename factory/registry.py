@@ -164,11 +164,11 @@ def index() -> dict[str, dict[str, Place]]:
         ConfigError: a pack is not there, or two classes of one kind share a name.
     """
     table: dict[str, dict[str, Place]] = {kind: {} for kind in KIND_NAMES}
-    for entry in packs():
-        shown = scan(entry)
+    for pack in packs():
+        shown = scan(pack)
         for kind, name, place in [
             *shown.found,
-            *(p for m in shown.unclear for p in _live_registrations(entry.name, m)),
+            *(p for m in shown.unclear for p in _live_registrations(pack.name, m)),
         ]:
             other = table[kind].setdefault(name, place)
             if other[1:] != place[1:]:

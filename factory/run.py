@@ -5,7 +5,8 @@ tree -> sources, model (encoders -> projectors -> backbone), tuning -> collator 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from mllm_factory import checkpoint, distributed, recorder
+from mllm_factory import distributed, files, randomness, recorder, runs
 from mllm_factory.assemble import (
     Tree,
     build_collator,
@@ -21,8 +22,8 @@ from mllm_factory.assemble import (
     build_metrics,
     build_model,
     build_source,
-    seed_of,
 )
+from mllm_factory.checkpoint import Writer, fingerprints, initialise, load, read_progress
 from mllm_factory.data import Collator
 from mllm_factory.distributed import World
 from mllm_factory.errors import ConfigError, Problem
@@ -34,8 +35,10 @@ from mllm_factory.loader import Order, train_batches
 from mllm_factory.model import MultimodalModel
 from mllm_factory.recorder import Recorder, console
 from mllm_factory.registry import build
-from mllm_factory.trainer import Trainer
-from mllm_factory.types import MODALITIES
+from mllm_factory.trainer import Trainer, TrainState
+from mllm_factory.types import MODALITIES, Batch
+
+PLAIN: dict[str, bool] = {"markup": False, "highlight": False}
 
 
 def train(tree: Tree) -> float | None:
@@ -46,55 +49,76 @@ def train(tree: Tree) -> float | None:
     """
     trainer = build_engine_node(Trainer, tree["trainer"], "trainer")
     schedule = build(Schedule, tree["schedule"], "schedule")  # type: ignore[type-abstract]
-    world = distributed.start(trainer.device)
-    try:
-        folder = Path(distributed.agree(tree["output_dir"], world))
-        with recorder.lock(folder) if world.leads else nullcontext():
-            return _train({**tree, "output_dir": str(folder)}, folder, trainer, schedule, world)
-    finally:
-        distributed.end()
+    with distributed.joined(trainer.device, trainer.timeout) as world, ExitStack() as held:
+        tree = {**tree, "output_dir": distributed.lead(world, lambda: str(tree["output_dir"]))}
+        start = distributed.lead(world, lambda: _open(tree, held))
+        return _train(tree, trainer, schedule, world, start)
 
 
-def _train(tree: Tree, folder: Path, trainer: Trainer, schedule: Schedule, world: World) -> float | None:
-    start = _starting_point(tree, folder)
-    sources = _sources(tree)
+def _open(tree: Tree, held: ExitStack) -> Path | None:
+    """Lock the run's folder; the checkpoint to continue from, if any. Only the first process does this."""
+    folder = Path(tree["output_dir"])
+    held.enter_context(recorder.lock(folder))
+    if not tree.get("resume"):
+        if runs.steps(folder):
+            raise ConfigError(
+                Problem(
+                    f"{folder} holds the checkpoints of a run; continue it with resume=auto, or choose another",
+                    "output_dir",
+                )
+            )
+        return None
+    start = runs.latest(folder) if tree["resume"] == "auto" else runs.resolve(tree["resume"])
+    if start is None:
+        console.print(f"resume=auto: {folder} holds no usable checkpoint; starting from the beginning", **PLAIN)
+        return None
+    runs.require_same_architecture(start, tree)
+    console.print(f"resuming from {start}", **PLAIN)
+    for change in runs.changed_options(start, tree):
+        console.print(f"changed since then: {change}", **PLAIN)
+    return start
+
+
+def _train(tree: Tree, trainer: Trainer, schedule: Schedule, world: World, start: Path | None) -> float | None:
+    folder, sources = Path(tree["output_dir"]), _sources(tree)
     model = build_model(tree)
     collator = build_collator(tree, model)
     _initialise(tree, model, start)
-    torch.manual_seed(seed_of(tree["seed"], f"process {world.rank}"))
+    writer = Writer(folder, tree, fingerprints(model), trainer.keep, world)
     _cache_features(model, trainer, folder, world)
-    wrapped, state = trainer.prepare(model.to(world.device), world)
-    seconds = restore(start, state, schedule) if start is not None else 0.0
-    source = sources["train"]
-    order = Order(len(source), trainer.batch_size, tree["seed"], lambda i: collator.length(source[i]), trainer.bucket)
-    first = state.step * trainer.accumulate * world.size
-    pin = world.device.type == "cuda"
-    batches = train_batches(
-        source, collator, order, first=first, world=world.size, rank=world.rank, workers=trainer.workers, pin=pin
-    )
+    wrapped, state = trainer.prepare(model, world)
+    randomness.seed_all(randomness.seed_of(tree["seed"], f"process {world.rank}"))
+    progress = read_progress(start) if start is not None else {}
+    if progress:
+        restore(progress, state, schedule)
+    batches = _batches(tree, sources["train"], collator, trainer, state)
     if world.leads:
-        text = yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True)
-        (folder / "config.yaml").write_text(text, encoding="utf-8")
+        files.write(folder / "config.yaml", yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True))
     judge = partial(_judge, tree, model, sources.get("eval"), collator, trainer, world)
     with Recorder(folder, trainer.max_steps, state.step, trainer.tensorboard, world.leads) as lines:
-        follower = Follower(tree, folder, trainer, schedule, lines, judge, seconds)
+        follower = Follower(trainer, schedule, writer, lines, judge, progress.get("counts", {}))
         trainer.fit(wrapped, state, schedule, batches, follower)
     results = judge(None)
+    values = {**results, **follower.summary(state)}
     if world.leads:
-        recorder.report(folder, {**results, **follower.summary(state)})
+        recorder.report(folder, values)
     return next(iter(results.values()), None)
 
 
-def _starting_point(tree: Tree, folder: Path) -> Path | None:
-    if not tree.get("resume"):
-        return None
-    start = checkpoint.latest(folder) if tree["resume"] == "auto" else checkpoint.resolve(tree["resume"])
-    if start is None:
-        console.print(f"resume=auto: {folder} holds no checkpoint; starting from the beginning")
-        return None
-    checkpoint.require_same_architecture(start, tree)
-    console.print(f"resuming from {start}")
-    return start
+def _batches(tree: Tree, source: Source, collator: Collator, trainer: Trainer, state: TrainState) -> Iterator[Batch]:
+    """This process's batches from the state's step on."""
+    order = Order(len(source), trainer.batch_size, tree["seed"], lambda i: collator.length(source[i]), trainer.bucket)
+    world = state.world
+    return train_batches(
+        source,
+        collator,
+        order,
+        first=state.step * trainer.accumulate * world.size,
+        world=world.size,
+        rank=world.rank,
+        workers=trainer.workers,
+        pin=world.device.type == "cuda",
+    )
 
 
 def _sources(tree: Tree) -> dict[str, Source]:
@@ -109,16 +133,20 @@ def _sources(tree: Tree) -> dict[str, Source]:
 
 def _initialise(tree: Tree, model: MultimodalModel, start: Path | None) -> None:
     if start is not None:
-        checkpoint.load(start, model)
+        load(start, model)
     elif tree.get("init_from"):
-        taken, of = checkpoint.initialise(checkpoint.resolve(tree["init_from"]), model)
-        console.print(f"init_from: took {taken} of {of} trained tensors")
+        taken, of = initialise(runs.resolve(tree["init_from"]), model)
+        console.print(f"init_from: took {taken} of {of} trained tensors", **PLAIN)
 
 
 def _cache_features(model: MultimodalModel, trainer: Trainer, folder: Path, world: World) -> None:
     for name, encoder in model.encoders.items() if trainer.cache_features else ():
         if not cache_features(encoder, folder / "features" / f"{name}_{world.rank}.f32"):
-            raise ConfigError(Problem(f"features change while {name} is trained; freeze it or set this to false", "trainer.cache_features"))
+            raise ConfigError(
+                Problem(
+                    f"features change while {name} is trained; freeze it or set this to false", "trainer.cache_features"
+                )
+            )
 
 
 def _judge(
@@ -158,28 +186,23 @@ def evaluate(tree: Tree) -> float | None:
         UserError: anything that the user can mend.
     """
     trainer = build_engine_node(Trainer, tree["trainer"], "trainer")
-    world = distributed.start(trainer.device)
-    try:
-        folder = Path(distributed.agree(tree["output_dir"], world))
-        start = checkpoint.resolve(tree["checkpoint"]) if tree.get("checkpoint") else None
-        if not tree.get("metrics"):
-            raise ConfigError(
-                Problem("there is nothing to measure; choose some, such as metrics=[exact_match]", "metrics")
-            )
+    if not tree.get("metrics"):
+        raise ConfigError(Problem("there is nothing to measure; choose some, such as metrics=[exact_match]", "metrics"))
+    with distributed.joined(trainer.device, trainer.timeout) as world, ExitStack() as held:
+        folder = Path(distributed.lead(world, lambda: str(tree["output_dir"])))
+        distributed.lead(world, lambda: held.enter_context(recorder.lock(folder)))
+        start = distributed.lead(world, lambda: runs.resolve(tree["checkpoint"]) if tree.get("checkpoint") else None)
         source = build_source(tree, "eval", {name for name in MODALITIES if tree.get(name)})
-        with recorder.lock(folder) if world.leads else nullcontext():
-            model = build_model(tree)
-            collator = build_collator(tree, model)
-            if start is not None:
-                checkpoint.load(start, model)
-            _cache_features(model, trainer, folder, world)
-            results = _judge(tree, model.to(world.device), source, collator, trainer, world, None)
-            if world.leads:
-                memory = {"peak_memory_bytes": float(recorder.peak_memory_bytes(world.device))}
-                recorder.report(folder, {**results, **memory})
+        model = build_model(tree)
+        collator = build_collator(tree, model)
+        if start is not None:
+            load(start, model)
+        _cache_features(model, trainer, folder, world)
+        results = _judge(tree, model.to(world.device), source, collator, trainer, world, None)
+        if world.leads:
+            memory = {"peak_memory_bytes": float(recorder.peak_memory_bytes(world.device))}
+            recorder.report(folder, {**results, **memory})
         return next(iter(results.values()), None)
-    finally:
-        distributed.end()
 
 
 def check(tree: Tree) -> dict[str, Any]:

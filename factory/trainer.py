@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -14,7 +15,7 @@ from mllm_factory import distributed
 from mllm_factory.distributed import World
 from mllm_factory.errors import ConfigError, DataError, hint
 from mllm_factory.interfaces import Schedule
-from mllm_factory.model import MultimodalModel
+from mllm_factory.model import MultimodalModel, learns
 from mllm_factory.types import Batch
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -31,7 +32,7 @@ class TrainState:
 
     Attributes:
         step: optimizer steps done so far.
-        batches: the batches of the step in flight, on this process.
+        batches: the batches of the step in flight, of this process, as they came from the loader.
         num_labels: [] labels of the step over all batches and processes.
     """
 
@@ -58,6 +59,7 @@ class Trainer:
         precision: ``fp32``, or ``bf16`` autocast (weights stay as they are).
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<n>``.
         strategy: for several processes, ``ddp`` or ``fsdp``.
+        timeout: seconds that a process waits for the others.
         gradient_checkpointing: recompute decoder layers in the backward pass.
         cache_features: keep a frozen encoder's features on disk in the run's folder.
         bucket: windows of so many batches are sorted by length; 1 does not sort.
@@ -83,6 +85,7 @@ class Trainer:
         precision: str = "fp32",
         device: str = "auto",
         strategy: str = "ddp",
+        timeout: float = 1800.0,
         gradient_checkpointing: bool = False,
         cache_features: bool = False,
         bucket: int = 16,
@@ -97,7 +100,7 @@ class Trainer:
         self.max_steps, self.batch_size, self.accumulate = max_steps, batch_size, accumulate
         self.eval_batch_size, self.weight_decay, self.clip = eval_batch_size, weight_decay, clip
         self.betas = tuple([0.9, 0.99] if betas is None else betas)
-        self.precision, self.device, self.strategy = precision, device, strategy
+        self.precision, self.device, self.strategy, self.timeout = precision, device, strategy, timeout
         self.gradient_checkpointing, self.cache_features = gradient_checkpointing, cache_features
         self.bucket, self.workers = bucket, workers
         self.log_every, self.eval_every, self.eval_limit = log_every, eval_every, eval_limit
@@ -115,23 +118,27 @@ class Trainer:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
-        if self.workers < 0 or self.weight_decay < 0 or (self.clip is not None and self.clip <= 0):
-            raise ValueError("workers and weight_decay must be 0 or more, and clip above 0 (null: no clipping)")
+        for name in ("workers", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        for name in ("clip", "timeout"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are two numbers in [0, 1), got {list(self.betas)}")
 
     def prepare(self, model: MultimodalModel, world: World) -> tuple[nn.Module, TrainState]:
-        """Wrap a model for its processes and make its optimizer.
+        """Put a model on its device, wrap it for its processes and make its optimizer.
 
         Raises:
             ConfigError: nothing is trainable.
         """
+        if not learns(model):
+            self.refuse_nothing_to_train()
         if self.gradient_checkpointing:
             model.checkpoint_activations()
         wrapped = distributed.wrap(model.train(), world, self.strategy)
         groups = parameter_groups(model, self.weight_decay)
-        if not groups:
-            self.refuse_nothing_to_train()
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=self.betas, fused=self.strategy == "ddp" or world.size == 1)
         return wrapped, TrainState(model, optimizer, self.max_steps, world)
 
@@ -147,9 +154,11 @@ class Trainer:
         state: TrainState,
         schedule: Schedule,
         batches: Iterator[Batch],
-        on_step: Callable[[TrainState, dict[str, Any]], None],
+        on_step: Callable[[TrainState, dict[str, Tensor]], None],
     ) -> None:
-        """Train from ``state.step`` to ``max_steps``; ``on_step`` is told the loss sum, gradient norm and counts of each step.
+        """Train from ``state.step`` to ``max_steps``.
+
+        ``on_step`` is told of each step: ``loss_sum`` of this process, ``num_labels`` of all, and ``grad_norm``.
 
         Raises:
             TrainingError: a step without labels, a trainable tensor without gradient in the first step, or a loss or
@@ -157,20 +166,19 @@ class Trainer:
         """
         first, parameters = state.step, [p for p in state.model.parameters() if p.requires_grad]
         while state.step < self.max_steps:
-            state.batches = [next(batches).to(state.world.device) for _ in range(self.accumulate)]
-            state.num_labels = distributed.total(torch.stack([b.num_labels for b in state.batches]).sum(), state.world)
-            self._require_labels(state)
-            loss_sum = torch.stack([self.backward(wrapped, state, i) for i in range(self.accumulate)]).sum()
+            state.batches = [next(batches) for _ in range(self.accumulate)]
+            state.num_labels = self._count_labels(state)
+            losses = torch.stack([self.backward(wrapped, state, i) for i in range(self.accumulate)])
             if state.step == first:
                 require_gradients(state.model)
             schedule.before_step(state)
             norm = distributed.whole(nn.utils.clip_grad_norm_(parameters, self.clip or float("inf")))
-            self._require_finite(state, loss_sum, norm)
+            self._require_finite(state, losses, norm)
             state.optimizer.step()
             schedule.after_step(state)
             state.optimizer.zero_grad(set_to_none=True)
             state.step += 1
-            on_step(state, {"loss_sum": loss_sum, "num_labels": state.num_labels, "grad_norm": norm})
+            on_step(state, {"loss_sum": losses.sum(), "num_labels": state.num_labels, "grad_norm": norm})
 
     def backward(self, wrapped: nn.Module, state: TrainState, i: int) -> Tensor:
         """Gradients of the i-th batch of the step; its loss sum, detached.
@@ -180,7 +188,7 @@ class Trainer:
         """
         with distributed.unsynced(wrapped, last=i == len(state.batches) - 1):
             with self.autocast(state.world):
-                output = wrapped(state.batches[i])
+                output = wrapped(state.batches[i].to(state.world.device))
             (output.loss_sum * (state.world.size / state.num_labels)).backward()
         return output.loss_sum.detach()
 
@@ -190,28 +198,38 @@ class Trainer:
             return nullcontext()
         return torch.autocast(world.device.type, PRECISIONS[self.precision])
 
-    def _require_labels(self, state: TrainState) -> None:
-        if state.num_labels is not None and int(state.num_labels) == 0:
-            ids = [name for batch in state.batches for name in batch.ids]
+    def _count_labels(self, state: TrainState) -> Tensor:
+        """[] labels of the step over all batches and processes, on the device."""
+        here = torch.stack(
+            [batch.num_labels for batch in state.batches]
+        ).sum()  # batches are still on the CPU: no waiting
+        everywhere = distributed.total(here, state.world)
+        if int(everywhere) == 0:
             raise TrainingError(
-                f"step {state.step + 1}: no label token in the samples {_shortened(ids)}; raise data.max_length or look at them"
+                f"step {state.step + 1}: no label token in the samples {_shortened(_ids(state.batches))}; raise data.max_length or look at them"
             )
+        return everywhere.to(state.world.device, non_blocking=True)
 
-    def _require_finite(self, state: TrainState, loss_sum: Tensor, norm: Tensor) -> None:
-        loss_sum = distributed.total(loss_sum.clone(), state.world)
-        if not bool(torch.isfinite(loss_sum) & torch.isfinite(norm)):
-            ids = [name for batch in state.batches for name in batch.ids]
+    def _require_finite(self, state: TrainState, losses: Tensor, norm: Tensor) -> None:
+        """The one place of a step that waits for the device: no weight may change if this fails."""
+        bad = ~torch.isfinite(losses.sum() + norm)
+        if bool(distributed.total(bad.int(), state.world)):
+            culprits = [b for b, loss in zip(state.batches, losses.tolist(), strict=True) if not math.isfinite(loss)]
+            everywhere = [name for here in distributed.gather(_ids(culprits), state.world) for name in here]
+            loss_sum = float(distributed.total(losses.sum(), state.world))
             raise TrainingError(
-                f"step {state.step + 1}: the loss sum is {float(loss_sum)} and the gradient norm {float(norm)}; no weight was "
-                f"changed; lower the learning rate or look at the samples {_shortened(ids)}"
+                f"step {state.step + 1}: the loss sum is {loss_sum} and the gradient norm {float(norm)}; no weight was changed; "
+                f"lower the learning rate or look at the samples {_shortened(everywhere or _ids(state.batches))}"
             )
 
 
 def parameter_groups(model: MultimodalModel, weight_decay: float) -> list[dict[str, Any]]:
     """Optimizer groups: for each part one with weight decay (matrices) and one without; ``name`` is the part's."""
-    groups = []
+    groups: list[dict[str, Any]] = []
+    seen: set[int] = set()  # what two parts share learns once, with the first
     for part, module in model.parts().items():
-        trainable = [p for p in module.parameters() if p.requires_grad]
+        trainable = [p for p in module.parameters() if p.requires_grad and id(p) not in seen]
+        seen |= set(map(id, trainable))
         for matrices, decay in ((True, weight_decay), (False, 0.0)):
             params = [p for p in trainable if (p.ndim >= 2) == matrices]
             if params:
@@ -232,6 +250,10 @@ def require_gradients(model: nn.Module) -> None:
             f"{len(dead)} trainable tensors got no gradient in the first step: {_shortened(dead)}; "
             "freeze them, or repair the part that does not use them"
         )
+
+
+def _ids(batches: Iterable[Batch]) -> list[str]:
+    return [name for batch in batches for name in batch.ids]
 
 
 def _shortened(words: list[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 
@@ -28,7 +29,7 @@ WORDS = " ".join(CORPUS).split()
 def as_tiles(image: Image.Image) -> Tensor:
     """One item for each 8 columns: a wide picture is several items, [m, 3, 2, 2]."""
     tiles = max(1, image.width // 8)
-    return torch.full((tiles, 3, 2, 2), float(image.getpixel((0, 0))[0]))
+    return torch.full((tiles, 3, 2, 2), float(np.asarray(image)[0, 0, 0]))
 
 
 def as_frames(recording: tuple[Tensor, int]) -> Tensor:
@@ -47,9 +48,14 @@ class Toy(Encoder):
         return items
 
 
+@cache
+def chatml() -> ChatTemplate:
+    return ChatTemplate(toy("bytes-chatml"))
+
+
 def collator(modalities: str = "vision audio", **options: object) -> Collator:
     encoders = {modality: Toy(modality) for modality in modalities.split()}
-    return Collator(ChatTemplate(toy("bytes-chatml")), PAD_ID, encoders, TOKENS, **options)
+    return Collator(chatml(), PAD_ID, encoders, TOKENS, **options)
 
 
 def picture(value: int = 7, tiles: int = 1) -> Image.Image:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -23,7 +23,7 @@ class Numbers(Source):
     """Sample i is called i."""
 
     def __init__(self, size: int, broken: int = -1, error: type[Exception] = KeyError) -> None:
-        self.modalities = frozenset()
+        self.modalities = frozenset[str]()
         self.size, self.broken, self.error = size, broken, error
 
     def __len__(self) -> int:
@@ -47,6 +47,16 @@ def refuse_seven(samples: Sequence[Sample]) -> Batch:
 
 def length(index: int) -> int:
     return random.Random(index).randint(5, 500)
+
+
+def noting(asked: list[int]) -> Callable[[int], int]:
+    """``length`` that writes down what it was asked."""
+
+    def noted(index: int) -> int:
+        asked.append(index)
+        return length(index)
+
+    return noted
 
 
 def numbers(batches: Sequence[Batch]) -> list[list[int]]:
@@ -97,14 +107,14 @@ def test_bucketing_sorts_windows_of_the_same_permutation() -> None:
 
 def test_lengths_are_taken_for_the_window_needed_and_once() -> None:
     asked: list[int] = []
-    order = Order(400, 4, 0, lambda i: asked.append(i) or length(i), bucket=5)
+    order = Order(400, 4, 0, noting(asked), bucket=5)
     order[0]
     assert len(asked) == 20
     for g in range(300):
         order[g]
     assert len(asked) == len(set(asked)) == 400
     untouched: list[int] = []
-    Order(400, 4, 0, lambda i: untouched.append(i) or 1, bucket=1)[0]
+    Order(400, 4, 0, noting(untouched), bucket=1)[0]
     assert not untouched
 
 
@@ -137,7 +147,7 @@ def test_global_random_state_is_untouched(workers: int) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_errors_come_out_as_they_are(workers: int) -> None:
-    def drain(source: Source, collate_with: object) -> None:
+    def drain(source: Source, collate_with: Callable[[Sequence[Sample]], Batch]) -> None:
         order = Order(len(source), 2, seed=0)
         batches = train_batches(source, collate_with, order, first=0, world=1, rank=0, workers=workers, pin=False)
         list(islice(batches, 20))
@@ -173,7 +183,7 @@ def test_evaluation_sees_each_sample_once_in_balanced_batches(size: int, batch_s
 
 
 def test_evaluation_limit_takes_a_prefix_of_one_permutation() -> None:
-    def seen(limit: int | None, seed: int = 0, by: object = length) -> list[int]:
+    def seen(limit: int | None, seed: int = 0, by: Callable[[int], int] | None = length) -> list[int]:
         batches = eval_batches(
             Numbers(50), collate, batch_size=4, seed=seed, limit=limit, length=by, workers=0, pin=False
         )

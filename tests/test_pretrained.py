@@ -123,7 +123,7 @@ def test_a_hub_that_accepts_and_never_answers_is_refused_within_seconds(
     with socket.create_server(("127.0.0.1", 0)) as silent:
         hub(f"http://127.0.0.1:{silent.getsockname()[1]}")
         start = time.monotonic()
-        with pytest.raises(ConfigError, match="'org/some.model'.*does not answer"):
+        with pytest.raises(ConfigError, match=r"'org/some\.model'.*does not answer"):
             locate("org/some.model")
         assert time.monotonic() - start < 5
         snapshot = cached_repository(tmp_path)
@@ -227,7 +227,9 @@ def test_by_name(tmp_path: Path) -> None:
     source, target, file = net(), net(), tmp_path / "w.safetensors"
     save_file(source.state_dict(), file)
     load_matching(target, tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True)
+    )
 
 
 def test_by_name_a_cut_off_head_may_be_left_over_and_nothing_else() -> None:

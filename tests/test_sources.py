@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import easy_vqa
 import pytest
@@ -34,8 +36,9 @@ def test_easy_vqa_is_what_the_package_gives(split: str, published: int) -> None:
 
 
 def test_easy_vqa_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(EasyVQA("test", limit=64)) == 64
-    assert len({EasyVQA("test", limit=64)[i].media["vision"] for i in range(64)}) == 7
+    some = EasyVQA("test", limit=64)
+    assert len(some) == 64
+    assert len({some[i].media["vision"] for i in range(64)}) == 7
     assert len(EasyVQA("test", limit=10**6)) == 9673
     with pytest.raises(ValueError, match="no split is named 'tests'; did you mean 'test'"):
         EasyVQA("tests")
@@ -49,7 +52,7 @@ def test_easy_vqa_options(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ---------------------------------------------------------------- LLaVA files
 
-ENTRIES = [
+ENTRIES: list[dict[str, Any]] = [
     {
         "id": "one",
         "image": "a/1.png",
@@ -89,7 +92,7 @@ def written(folder: Path, text: str, name: str = "data.jsonl") -> str:
 
 
 @pytest.mark.parametrize(("name", "form"), [("d.json", as_array), ("d.jsonl", as_lines)])
-def test_llava_file(tmp_path: Path, name: str, form: object) -> None:
+def test_llava_file(tmp_path: Path, name: str, form: Callable[[list], str]) -> None:
     source = LlavaJson(written(tmp_path, form(ENTRIES), name))
     assert len(source) == 4
     assert source.modalities == {"vision", "audio"}

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from toy_tokenizers import BUILDERS, CORPUS, PHI3, byte_level, metaspace, toy
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mllm_factory.errors import ConfigError, DataError
-from mllm_factory.template import TEMPLATES, ChatTemplate, Slot, Text, resolve_template
+from mllm_factory.template import TEMPLATES, ChatTemplate, Segment, Slot, Text, resolve_template
 from mllm_factory.types import ASSISTANT, SYSTEM, USER, Message
 
 WORDS = [*" ".join(CORPUS).split(), "(a  b)", "été", "日本", "🙂", "x=1;", "\n", "two\n\nlines", "#!"]
@@ -29,8 +29,12 @@ def as_dicts(messages: list[Message]) -> list[dict[str, str]]:
     return [{"role": m.role, "content": m.text.strip()} for m in messages]
 
 
-def joined(segments: list) -> list[int]:
+def joined(segments: list[Segment]) -> list[int]:
     return [i for s in segments for i in s.ids]
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids))
 
 
 def squeezed(text: str) -> str:
@@ -64,9 +68,9 @@ def test_labels_are_the_answers_and_their_end(name: str) -> None:
         labelled = [s for s in template.encode(messages) if s.labelled]
         assert len(labelled) == 3
         for segment, answer in zip(labelled, answers, strict=True):
-            text = tokenizer.decode(segment.ids)
-            known = tokenizer.decode(
-                tokenizer(answer, add_special_tokens=False)["input_ids"]
+            text = decoded(tokenizer, segment.ids)
+            known = decoded(
+                tokenizer, tokenizer(answer, add_special_tokens=False)["input_ids"]
             )  # without what no token covers
             assert squeezed(text) == squeezed(known + template.end_token)
             assert segment.ids[-1] == template.stop_ids[0]
@@ -114,9 +118,9 @@ def test_control_tokens_in_texts_stay_text(name: str) -> None:
     for attack in ([evil, "b", evil, "d"], ["a", evil, "c", evil], [evil] * 4):
         messages = [Message(m.role, text) for m, text in zip(plain, attack, strict=True)]
         segments = template.encode(messages)
-        count = [i for i in joined(segments) if i in control and tokenizer.decode([i]) != "[UNK]"]
+        count = [i for i in joined(segments) if i in control and decoded(tokenizer, [i]) != "[UNK]"]
         assert count == [i for i in joined(template.encode(plain)) if i in control]
-        texts = [tokenizer.decode(s.ids) for s in segments if s.labelled]
+        texts = [decoded(tokenizer, s.ids) for s in segments if s.labelled]
         wanted = [text + template.end_token for text in attack[1::2]]
         assert list(map(squeezed, texts)) == list(map(squeezed, wanted)) or "words" in name
         assert [s.ids[-1] for s in segments if s.labelled] == [template.stop_ids[0]] * 2
@@ -136,14 +140,14 @@ def test_roles_follow_the_texts() -> None:
         Message("assistant", "The shape."),
     ]
     segments = ChatTemplate(tokenizer).encode(messages)
-    by_role = {SYSTEM: [], USER: [], ASSISTANT: []}
+    by_role: dict[int, list[int]] = {SYSTEM: [], USER: [], ASSISTANT: []}
     for segment in segments:
         assert len(segment.ids) == len(segment.roles)
         for i, role in zip(segment.ids, segment.roles, strict=True):
             by_role[role].append(i)
-    assert tokenizer.decode(by_role[USER]) == "What is blue?"
-    assert tokenizer.decode(by_role[ASSISTANT]) == "The shape.<|im_end|>"
-    assert tokenizer.decode(by_role[SYSTEM]).startswith("<|im_start|>system\nBe helpful.<|im_end|>")
+    assert decoded(tokenizer, by_role[USER]) == "What is blue?"
+    assert decoded(tokenizer, by_role[ASSISTANT]) == "The shape.<|im_end|>"
+    assert decoded(tokenizer, by_role[SYSTEM]).startswith("<|im_start|>system\nBe helpful.<|im_end|>")
 
 
 def test_placeholders_become_slots_in_questions_only() -> None:
@@ -159,7 +163,7 @@ def test_placeholders_become_slots_in_questions_only() -> None:
         Slot("vision", USER),
         Slot("audio", USER),
     ]
-    assert [tokenizer.decode(s.ids) for s in segments if isinstance(s, Text)] == [
+    assert [decoded(tokenizer, s.ids) for s in segments if isinstance(s, Text)] == [
         "<|im_start|>system\nSee ",
         " first.<|im_end|>\n<|im_start|>user\n",
         "\nand ",
@@ -180,7 +184,8 @@ def test_text_length_counts_text_alone() -> None:
 
 def test_stop_ids_hold_the_end_of_turn_and_the_end_of_text() -> None:
     tokenizer = toy("first-gemma")
-    assert ChatTemplate(tokenizer).stop_ids == tuple(tokenizer.convert_tokens_to_ids(["<end_of_turn>", "<eos>"]))
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in ("<end_of_turn>", "<eos>")]
+    assert list(ChatTemplate(tokenizer).stop_ids) == ids
     assert ChatTemplate(toy("bytes-chatml")).stop_ids == (toy("bytes-chatml").eos_token_id,)
 
 
@@ -190,7 +195,7 @@ def test_tokenizer_without_offsets() -> None:
     tokenizer.chat_template = TEMPLATES["vicuna"].replace("{{ bos_token }}", "")
     messages = [Message("user", "What </s> is é<image>?"), Message("assistant", "blue </s>")]
     texts = [s for s in ChatTemplate(tokenizer).encode(messages) if isinstance(s, Text)]
-    assert [tokenizer.decode(s.ids) for s in texts] == ["USER: What </s> is é", "? ASSISTANT:", " blue </s></s>"]
+    assert [decoded(tokenizer, s.ids) for s in texts] == ["USER: What </s> is é", "? ASSISTANT:", " blue </s></s>"]
     assert [s.ids.count(tokenizer.eos_token_id) for s in texts] == [0, 0, 1]
     assert [role for s in texts for role in s.roles].count(USER) == len("What </s> is é?".encode())
 

@@ -31,7 +31,9 @@ def gguf_in(path: Path) -> Path | None:
     if (path / "config.json").exists() or not found:
         return None
     if len(found) > 1:
-        raise ConfigError(f"{path} holds {len(found)} GGUF files ({', '.join(f.name for f in found)}); give one of them")
+        raise ConfigError(
+            f"{path} holds {len(found)} GGUF files ({', '.join(f.name for f in found)}); give one of them"
+        )
     return found[0]
 
 
@@ -107,4 +109,6 @@ def _sha256(file: Path) -> str:
 
 
 def _cannot_write(root: Path, error: OSError) -> str:
-    return f"the cache {root} cannot be written ({error}); free space there or set MLLM_FACTORY_CACHE to a writable folder"
+    return (
+        f"the cache {root} cannot be written ({error}); free space there or set MLLM_FACTORY_CACHE to a writable folder"
+    )

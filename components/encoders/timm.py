@@ -47,7 +47,9 @@ class Timm(Encoder):
         self.prefix_tokens = prefix_tokens
         model = _create(architecture, pretrained, match, image_size)
         if prefix_tokens and not getattr(model, "num_prefix_tokens", 0):
-            raise ValueError(f"architecture: '{architecture}' has no class or register tokens; set prefix_tokens: false")
+            raise ValueError(
+                f"architecture: '{architecture}' has no class or register tokens; set prefix_tokens: false"
+            )
         self.layer = _level(model, architecture, layer)
         model.prune_intermediate_layers([self.layer], prune_norm=True)
         self.model = model
@@ -70,12 +72,14 @@ def _tokens(grid: Tensor) -> Tensor:
 def _create(architecture: str, pretrained: str | None, match: str, image_size: int) -> Any:
     import timm
 
+    if image_size < 1:
+        raise ValueError(f"image_size: {image_size} pixels hold no picture; use 32 or more")
     if not timm.is_model(architecture):
         raise ValueError(f"architecture: timm has no '{architecture}'{_near(architecture)}")
     if match not in ("name", "order"):
         raise ValueError(f"match: '{match}'{hint(match, ['name', 'order'])}")
-    config = timm.get_pretrained_cfg(architecture)
-    size = {"img_size": image_size} if config.fixed_input_size else {}
+    config: Any = timm.get_pretrained_cfg(architecture)
+    size: dict[str, Any] = {"img_size": image_size} if config.fixed_input_size else {}
     source = None if pretrained is None else locate(pretrained)
     if isinstance(source, Path):
         source = weights_file(source)
@@ -87,7 +91,9 @@ def _create(architecture: str, pretrained: str | None, match: str, image_size: i
     else:
         model = _created_with(architecture, _read(source), str(source), size)
     if not hasattr(model, "forward_intermediates"):
-        raise ValueError(f"architecture: timm's '{architecture}' gives no feature levels (it has no forward_intermediates)")
+        raise ValueError(
+            f"architecture: timm's '{architecture}' gives no feature levels (it has no forward_intermediates)"
+        )
     return model
 
 
@@ -107,15 +113,17 @@ def _read(source: Path | str) -> dict[str, Tensor]:
     return load_state_dict_from_hf(source, weights_only=True)
 
 
-def _created_with(architecture: str, weights: dict[str, Tensor], source: str, size: dict[str, int]) -> nn.Module:
+def _created_with(architecture: str, weights: dict[str, Tensor], source: str, size: dict[str, Any]) -> nn.Module:
     """The model filled by timm, which converts names and position grids; a classifier is as wide as the weights' own."""
     import timm
 
-    config = timm.get_pretrained_cfg(architecture)
+    config: Any = timm.get_pretrained_cfg(architecture)
     classes = config.num_classes
     if f"{config.classifier}.weight" in weights:
         classes = len(weights[f"{config.classifier}.weight"])
-    elif f"{config.first_conv}.weight" in weights:  # timm's own names, so the classifier is missing, not named differently
+    elif (
+        f"{config.first_conv}.weight" in weights
+    ):  # timm's own names, so the classifier is missing, not named differently
         classes = 0
     overlay = {"state_dict": weights, "num_classes": classes, "label_offset": 0}  # equal numbers make timm strict
     try:
@@ -124,14 +132,18 @@ def _created_with(architecture: str, weights: dict[str, Tensor], source: str, si
         )
     except (RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{source} does not fit '{architecture}': {reason[:300]}; is it another architecture?") from error
+        raise ConfigError(
+            f"{source} does not fit '{architecture}': {reason[:300]}; is it another architecture?"
+        ) from error
 
 
 def _level(model: Any, architecture: str, layer: int) -> int:
     """``layer`` counted from the front."""
     levels = len(model.feature_info)
     if not -levels <= layer < levels:
-        raise ValueError(f"layer: {layer} is out of range, '{architecture}' has {levels} feature levels (0 to {levels - 1})")
+        raise ValueError(
+            f"layer: {layer} is out of range, '{architecture}' has {levels} feature levels (0 to {levels - 1})"
+        )
     return layer % levels
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -19,7 +20,7 @@ def derangement(identity: Tensor, generator: torch.Generator) -> Tensor | None:
     2 m <= n.
 
     Args:
-        identity: [n] int64, equal for items that show the same.
+        identity: [n] int64, equal for items that must not replace each other.
         generator: the source of randomness.
 
     Returns:
@@ -38,9 +39,37 @@ def derangement(identity: Tensor, generator: torch.Generator) -> Tensor | None:
     return result
 
 
-def same_content(items: Tensor) -> Tensor:
-    """[n, *item_shape] -> [n] int64, equal for equal items."""
-    return items.flatten(1).unique(dim=0, return_inverse=True)[1]
+def identities(items: Tensor, row: Tensor) -> Tensor:
+    """[n, *item_shape], [n] -> [n] int64, equal for items that show the same or belong to the same sample, directly or in a chain."""
+    content = items.flatten(1).unique(dim=0, return_inverse=True)[1].cpu()
+    label = torch.arange(len(items))
+    while True:
+        before = label
+        for group in (content, row.cpu()):
+            smallest = torch.full((int(group.max()) + 1,), len(items)).scatter_reduce(0, group, label, "amin")
+            label = smallest[group]
+        if torch.equal(label, before):
+            return label
+
+
+def select(batch: Batch, rows: Sequence[int]) -> Batch:
+    """Some rows of a batch with their items."""
+    at = torch.tensor(list(rows), device=batch.input_ids.device)
+    place = torch.full((len(batch.input_ids),), -1, device=at.device).index_put(
+        (at,), torch.arange(len(at), device=at.device)
+    )
+    media, media_row = {}, {}
+    for name, row in batch.media_row.items():
+        kept = place[row] >= 0
+        media[name], media_row[name] = batch.media[name][kept], place[row][kept]
+    return replace(
+        batch,
+        **{name: getattr(batch, name)[at] for name in ("input_ids", "labels", "attention_mask", "modality", "role")},
+        media=media,
+        media_row=media_row,
+        ids=tuple(batch.ids[i] for i in rows),
+        references=tuple(batch.references[i] for i in rows),
+    )
 
 
 @register("ablation")
@@ -48,11 +77,12 @@ class Ablation(Metric):
     """The score with each modality's items exchanged between the samples of a batch, one modality at a time.
 
     Everything else stays: the question, the number of tokens, the statistics of the items. An item is never replaced by one
-    that shows the same, nor (where the batch allows) does a sample keep its own. What the score loses is what the answers
-    owe to that modality; a score near the full one means that the model does not look (or listen). It cannot tell whether
-    the modality was needed for the task. Samples without items of a modality do not enter its score.
+    that shows the same, nor by one of its own sample. What the score loses is what the answers owe to that modality; a score
+    near the full one means that the model does not look (or listen). It cannot tell whether the modality was needed for the
+    task. Samples without items of a modality do not enter its score.
 
-    Keys: ``ablation/<modality>/<key of the score>``, and ``ablation/<modality>/samples``, how many entered.
+    Keys: ``ablation/<modality>/<key of the score>``; ``ablation/<modality>/samples``, how many entered; and
+    ``ablation/<modality>/skipped``, how many did not because their batch allowed no exchange.
 
     Args:
         score: any metric on generated answers.
@@ -74,23 +104,22 @@ class Ablation(Metric):
 
     def update(self, model: MultimodalModel, batch: Batch, output: Output) -> None:
         """Answer the batch again, once for each modality it carries."""
-        for modality, items in batch.media.items():
-            if len(items) == 0:
+        for modality in batch.media:
+            rows = sorted(set(batch.media_row[modality].tolist()))
+            if not rows:
                 continue
             score = self.scores.setdefault(modality, copy.deepcopy(self.empty))
-            rows = sorted(set(batch.media_row[modality].tolist()))
-            moved = derangement(same_content(items).cpu(), self.generator)
-            if moved is None:
-                self.skipped[modality] = self.skipped.get(modality, 0) + len(rows)
-                continue
-            exchanged = replace(batch, media={**batch.media, modality: items[moved.to(items.device)]})
-            texts = model.generate(exchanged, self.max_new_tokens)
-            touched = replace(exchanged, references=tuple(batch.references[i] for i in rows))
-            score.update(model, touched, Output(texts=[texts[i] for i in rows]))
-            self.seen[modality] = self.seen.get(modality, 0) + len(rows)
+            carrying = select(batch, rows)
+            items = carrying.media[modality]
+            moved = derangement(identities(items, carrying.media_row[modality]), self.generator)
+            counts = self.seen if moved is not None else self.skipped
+            counts[modality] = counts.get(modality, 0) + len(rows)
+            if moved is not None:
+                exchanged = replace(carrying, media={**carrying.media, modality: items[moved.to(items.device)]})
+                score.update(model, exchanged, Output(texts=model.generate(exchanged, self.max_new_tokens)))
 
     def compute(self) -> dict[str, float]:
-        """The score of each modality seen; samples whose batch allowed no exchange are counted as ``skipped``."""
+        """The score of each modality seen, and the counts."""
         result: dict[str, float] = {}
         for modality, score in self.scores.items():
             result |= {f"ablation/{modality}/{key}": value for key, value in score.compute().items()}

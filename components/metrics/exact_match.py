@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mllm_factory import Batch, Metric, MultimodalModel, Output, register
+from mllm_factory import Batch, DataError, Metric, MultimodalModel, Output, register
 
 
 def normalise(text: str) -> str:
@@ -30,8 +30,14 @@ class ExactMatch(Metric):
         self.right = self.seen = 0
 
     def update(self, model: MultimodalModel, batch: Batch, output: Output) -> None:
-        """Compare ``output.texts`` with ``batch.references``."""
-        for text, reference in zip(output.texts or [], batch.references, strict=True):
+        """Compare ``output.texts`` with ``batch.references``.
+
+        Raises:
+            DataError: a sample without a reference.
+        """
+        for sample, text, reference in zip(batch.ids, output.texts or [], batch.references, strict=True):
+            if not reference.strip():
+                raise DataError(f"sample '{sample}' ends without an answer to compare with; leave it out of data.eval")
             self.right += normalise(text) == normalise(reference)
             self.seen += 1
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 from mllm_factory import Projector, register
@@ -22,7 +24,9 @@ class Mlp(Projector):
         ValueError: ``depth`` or ``hidden_dim`` is below 1.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, in_tokens: int, depth: int = 2, hidden_dim: int | None = None) -> None:
+    def __init__(
+        self, in_dim: int, out_dim: int, in_tokens: int, depth: int = 2, hidden_dim: int | None = None
+    ) -> None:
         super().__init__()
         if depth < 1:
             raise ValueError(f"depth: {depth} linear layers cannot project; use 1 (linear) or more")
@@ -30,10 +34,8 @@ class Mlp(Projector):
             raise ValueError(f"hidden_dim: {hidden_dim} is no width; use 1 or more, or null for the backbone's width")
         self.num_tokens = in_tokens
         widths = [in_dim, *[out_dim if hidden_dim is None else hidden_dim] * (depth - 1), out_dim]
-        layers: list[nn.Module] = [nn.Linear(widths[0], widths[1])]
-        for left, right in zip(widths[1:-1], widths[2:], strict=True):
-            layers += [nn.GELU(), nn.Linear(left, right)]
-        self.layers = nn.Sequential(*layers)
+        layers = [module for left, right in pairwise(widths) for module in (nn.GELU(), nn.Linear(left, right))]
+        self.layers = nn.Sequential(*layers[1:])
 
     def forward(self, features: Tensor) -> Tensor:
         """[n, in_tokens, in_dim] -> [n, in_tokens, out_dim]"""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -64,9 +64,8 @@ class Lora(Tuning):
         self.resolved = _resolve(part, self.targets)
         before = {name: p.requires_grad for name, p in part.named_parameters()}
         kept = {name for name, learns in before.items() if learns} if not all(before.values()) else set()
-        config = LoraConfig(
-            r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=self.resolved, bias="none"
-        )
+        scale: Any = self.alpha  # peft's annotation knows whole numbers only
+        config = LoraConfig(r=self.rank, lora_alpha=scale, lora_dropout=self.dropout, target_modules=self.resolved)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # peft sets it right by itself
             inject_adapter_in_model(config, part)
@@ -79,7 +78,9 @@ def _resolve(part: nn.Module, targets: Sequence[str] | str) -> list[str]:
     """Full names of the layers that ``targets`` mean."""
     linear = _linear_layers(part)
     if not linear:
-        raise ConfigError(f"lora: {type(part).__name__} has no linear layer to adapt; choose frozen or full for this part")
+        raise ConfigError(
+            f"lora: {type(part).__name__} has no linear layer to adapt; choose frozen or full for this part"
+        )
     if targets == ALL_LINEAR:
         return _of_decoder(part, linear)
     wanted = [targets] if isinstance(targets, str) else targets

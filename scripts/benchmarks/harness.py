@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -42,22 +43,24 @@ class Row:
         ratio: over the pairs, in the direction of ``rule``: ours / other for ``<=``, other / ours for ``>=``.
         rule: ``<=`` or ``>=``.
         mark: what the median ratio is held against; None where the row is for information.
+        absolute: the mark is on ``ours`` instead of the ratio.
     """
 
     case: str
     unit: str
     ours: Spread
-    other: Spread | None
-    ratio: Spread | None
+    other: Spread
+    ratio: Spread
     rule: str = "<="
     mark: float | None = None
+    absolute: bool = False
 
     @property
     def met(self) -> bool | None:
-        """Whether the median (of the ratio, or of ours where there is no other side) keeps the mark."""
+        """Whether the median keeps the mark."""
         if self.mark is None:
             return None
-        value = (self.ratio or self.ours).median
+        value = (self.ours if self.absolute else self.ratio).median
         return value <= self.mark if self.rule == "<=" else value >= self.mark
 
 
@@ -102,11 +105,12 @@ class Result:
 
 def machine() -> dict[str, Any]:
     """Cores, threads, load and versions: numbers mean little without them."""
-    threads = os.environ.get("OMP_NUM_THREADS")
+    torch = sys.modules.get("torch")
+    threads = {"torch_threads": torch.get_num_threads()} if torch else {}
     return {
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "architecture": platform.machine(),
-        "torch_threads": int(threads) if threads else os.cpu_count(),
+        **threads,
         "load": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         **{name: version(name) for name in LIBRARIES},
@@ -115,12 +119,11 @@ def machine() -> dict[str, Any]:
 
 def cells(row: Row) -> list[str]:
     """A row as text: case, ours, other, ratio, mark, whether it was met."""
-    digits = 2 if row.ours.median < 10 else 1
+    digits = 3 if row.unit.endswith(" s") else 1
     mark = f"{'at most' if row.rule == '<=' else 'at least'} {row.mark:g}" if row.mark is not None else ""
-    ratio = f"{row.ratio.show(3 if row.rule == '<=' else 2)}" if row.ratio else ""
-    other = row.other.show(digits) if row.other else ""
+    mark += f" {row.unit}" if row.absolute else ""
     met = {True: "yes", False: "no", None: ""}[row.met]
-    return [f"{row.case}, {row.unit}", row.ours.show(digits), other, ratio, mark, met]
+    return [f"{row.case}, {row.unit}", row.ours.show(digits), row.other.show(digits), row.ratio.show(3 if row.ratio.median < 2 else 2), mark, met]
 
 
 HEADER = ["case", "ours", "other", "ratio", "mark", "met"]
@@ -145,6 +148,6 @@ def markdown(result: Result) -> str:
     """The table for docs/benchmarks.md."""
     lines = [HEADER, ["---"] * len(HEADER), *map(cells, result.rows)]
     m = machine()
-    about = ", ".join(f"{name} {m[name]}" for name in LIBRARIES)
+    about = ", ".join([*([f"{m['torch_threads']} torch threads"] if "torch_threads" in m else []), *(f"{name} {m[name]}" for name in LIBRARIES)])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{m['cores']} cores of an {m['architecture']} CPU, {m['torch_threads']} torch threads, {about}.\n\n{table}"
+    return f"{m['cores']} cores of an {m['architecture']} CPU, {about}.\n\n{table}"

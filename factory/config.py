@@ -1,0 +1,334 @@
+"""From overrides to a checked tree, on Hydra's compose API: every problem at once, each with where it came from.
+
+Hydra stops at its first error. Here the groups are composed first, then each value override is applied on its own, by Hydra's
+rules; an override that does not fit becomes a problem and is left out, so that the rest can still be checked.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir, initialize_config_module
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from mllm_factory import presets
+from mllm_factory.checks import check_tree as check_tree
+from mllm_factory.errors import Problem, hint
+from mllm_factory.origins import Origins
+from mllm_factory.overrides import apply, origin, parse, quoted, refuse_sweeps
+from mllm_factory.registry import MISSING
+
+VERSION_BASE = "1.3"
+MODALITIES = ("vision", "audio")
+_NOT_FOUND = re.compile(r"(?:In '([^']+)': )?Could not (?:find|load) '(?:([^']+)/)?([^'/]+)'")
+
+
+@dataclass
+class Composed:
+    """A tree with everything that is wrong with it.
+
+    Attributes:
+        tree: plain resolved values without the ``hydra`` node; a missing value is ``"???"``; None where nothing composes.
+        problems: what was wrong with files and overrides.
+        overrides: the overrides as Hydra takes them (``vision=null`` is ``~vision`` there).
+        hydra: the ``hydra`` node; None where nothing composes.
+        origins: where keys were set.
+        spoilt: keys that a faulty override was meant for.
+    """
+
+    tree: dict[str, Any] | None
+    problems: list[Problem]
+    overrides: list[str]
+    hydra: DictConfig | None
+    origins: Origins
+    spoilt: set[str] = field(default_factory=set)
+
+    def origin(self, key: str) -> str:
+        """The override, or the YAML file and line, that set a key last; empty where nothing did."""
+        return self.origins.of(key)
+
+    def check(self, registered_only: bool = False, evaluate: bool = False) -> list[Problem]:
+        """All problems, those of ``check_tree`` included; none about keys that a faulty override was meant for."""
+        found = [] if self.tree is None else check_tree(self.tree, registered_only, evaluate)
+        fresh = [p for p in found if not any(_related(p.key, key) for key in self.spoilt)]
+        return list(dict.fromkeys([*self.problems, *(Problem(p.message, p.key, self.origin(p.key)) for p in fresh)]))
+
+
+def _related(key: str, other: str) -> bool:
+    return key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.")
+
+
+def compose(
+    config_name: str, overrides: Iterable[str], config_dirs: Sequence[str] = (), config_path: str | None = None
+) -> Composed:
+    """Compose a tree; what is wrong is in the result.
+
+    Args:
+        config_name: primary config, such as ``train``.
+        overrides: Hydra overrides without sweeps.
+        config_dirs: folders of presets beside the built-in ones.
+        config_path: folder (or ``pkg://package``) of an own primary config instead of the built-in one.
+    """
+    return Composer(config_name, config_dirs, config_path).compose(overrides)
+
+
+class Base(NamedTuple):
+    """The tree of a choice of groups before value overrides, and how Hydra found it."""
+
+    tree: DictConfig | None
+    problems: list[Problem]
+    spoilt: set[str]
+    lines: list[str]
+    roots: list[Path]
+    loader: ConfigLoader | None
+
+
+class Composer:
+    """Composes one primary config with several lists of overrides; what depends on the groups alone is done once."""
+
+    def __init__(
+        self,
+        config_name: str,
+        config_dirs: Sequence[str] = (),
+        config_path: str | None = None,
+        stored: Mapping[str, Path] | None = None,
+        keep: bool = False,
+    ) -> None:
+        """``stored`` names primary configs in Hydra's ConfigStore and the file of each; ``keep`` if more than one tree is wanted."""
+        self.keep = keep
+        self.name, self.stored, self.own_primary = config_name, dict(stored or {}), config_path is not None
+        self.place, self.dirs = config_path or presets.BUILT_IN, list(config_dirs)
+        self._bases: dict[tuple[str, ...], Base] = {}
+
+    def compose(self, overrides: Iterable[str]) -> Composed:
+        """Compose with overrides."""
+        parsed, problems = parse(overrides)
+        problems += refuse_sweeps(parsed)
+        parsed = [override for override in parsed if not override.is_sweep_override()]
+        roots, search, missing = self._roots(parsed)
+        choices = [override for override in parsed if _is_choice(override, roots)]
+        values = [override for override in parsed if override not in choices]
+        base = self._base(choices, roots, search)
+        problems += [*missing, *base.problems]
+        spoilt = {*base.spoilt, *(problem.key for problem in problems if problem.key)}
+        origins = Origins(self.name, base.lines, values, base.roots, base.loader, self.stored)
+        handed = [line for override in parsed if (line := _as_hydra_takes(override, roots)) is not None]
+        if base.tree is None:
+            return Composed(None, problems, handed, None, origins, spoilt)
+        tree = copy.deepcopy(base.tree) if self.keep else base.tree
+        for override in values:
+            problem = apply(tree, override)
+            if problem and not any(_related(problem.key, key) for key in base.spoilt):
+                problems.append(problem)
+                spoilt.add(problem.key)
+        values_only, unresolved = _resolve(tree)
+        problems += [Problem(p.message, p.key, origins.of(p.key)) for p in unresolved]
+        spoilt |= {problem.key for problem in unresolved}
+        return Composed(values_only, problems, handed, tree.hydra, origins, spoilt)
+
+    def _roots(self, parsed: Sequence[Override]) -> tuple[list[Path], list[str], list[Problem]]:
+        """The folders that presets come from, Hydra's words for those beside the primary one, and what does not exist."""
+        primary = presets.folder(self.place)
+        places = [(self.place, "--config-path")] + [(directory, "--config-dir") for directory in self.dirs]
+        own = [override for override in parsed if override.key_or_group == "hydra.searchpath"]
+        listed = own[0].value() if own else presets.searchpath(primary / f"{self.name}.yaml") if primary else []
+        places += [(str(place), origin(own[0]) if own else "hydra.searchpath") for place in listed or ()]  # type: ignore[union-attr]
+        found = [(place, presets.folder(place), source) for place, source in places]
+        problems = [
+            Problem(f"there is no folder '{place}'", origin=source) for place, path, source in found if path is None
+        ]
+        search = [place if "://" in place else f"file://{path}" for place, path, _ in found[1:] if path is not None]
+        return list(dict.fromkeys(path for _, path, _ in found if path is not None)), search, problems
+
+    def _base(self, choices: Sequence[Override], roots: list[Path], search: list[str]) -> Base:
+        key = (*search, *(str(override.input_line) for override in choices))
+        if not self.keep:
+            return self._compose_groups(choices, roots, search)
+        if key not in self._bases:
+            self._bases[key] = self._compose_groups(choices, roots, search)
+        return self._bases[key]
+
+    def _compose_groups(self, choices: Sequence[Override], roots: list[Path], search: list[str]) -> Base:
+        problems = self._check_files(roots)
+        wrong = {override.key_or_group: p for override in choices if (p := _check_choice(override, roots)) is not None}
+        problems += wrong.values()
+        spoilt = set(wrong)
+        usable = {
+            line: override
+            for override in choices
+            if override.key_or_group not in {*wrong, "hydra.searchpath"} and (line := _as_hydra_takes(override, roots))
+        }
+        if not roots or (self.name not in self.stored and presets.locate(self.name, roots) is None):
+            return Base(None, problems, spoilt, list(usable), roots, None)
+        extra = [f"hydra.searchpath=[{','.join(map(quoted, search))}]"] if search else []
+        with self._hydra(roots[0]), _fast_yaml():
+            loader = GlobalHydra.instance().config_loader()
+            while True:
+                try:
+                    tree = hydra_compose(self.name, [*extra, *usable], return_hydra_config=True)
+                    break
+                except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+                    culprit = _culprit(error, usable)
+                    problems += _explain(error, usable.get(culprit or ""), roots)
+                if culprit is None:
+                    return Base(None, problems, spoilt, [*extra, *usable], roots, loader)
+                spoilt.add(usable.pop(culprit).key_or_group)
+        return Base(tree, problems, spoilt, [*extra, *usable], roots, loader)
+
+    def _hydra(self, root: Path) -> AbstractContextManager[None]:
+        if self.place.startswith("pkg://"):
+            return initialize_config_module(self.place.removeprefix("pkg://"), self.name, VERSION_BASE)
+        return initialize_config_dir(str(root), self.name, VERSION_BASE)
+
+    def _check_files(self, roots: list[Path]) -> list[Problem]:
+        problems = presets.duplicates(roots[1:] if self.own_primary else roots)
+        if roots and self.name not in self.stored and presets.locate(self.name, roots[:1]) is None:
+            known = [file.stem for file in roots[0].glob("*.yaml")]
+            where = presets.shown(roots[0])
+            problems.append(
+                Problem(f"{where} has no config '{self.name}'{hint(self.name, known)}", origin="--config-name")
+            )
+        return problems
+
+
+@contextmanager
+def _fast_yaml() -> Iterator[None]:
+    """OmegaConf derives its loader from ``yaml.SafeLoader``; libyaml's reads a tree in a third of the time."""
+    slow = yaml.SafeLoader
+    yaml.SafeLoader = getattr(yaml, "CSafeLoader", slow)
+    try:
+        yield
+    finally:
+        yaml.SafeLoader = slow
+
+
+def _is_choice(override: Override, roots: Sequence[Path]) -> bool:
+    """True where an override chooses a preset or concerns Hydra itself: those are Hydra's to apply."""
+    key = override.key_or_group
+    group = key in presets.GROUPS or presets.is_group(key, roots)
+    return override.is_hydra_override() or (group and not isinstance(override.value(), dict))
+
+
+def _as_hydra_takes(override: Override, roots: Sequence[Path]) -> str | None:
+    """Hydra knows no ``group=null``: it deletes groups, and empties those that are lists; None where it has no such group."""
+    key, plain = override.key_or_group, not (override.is_add() or override.is_force_add() or override.is_delete())
+    if not plain or override.value() is not None or not _is_choice(override, roots) or override.is_hydra_override():
+        return str(override.input_line)
+    if key == "metrics":
+        return "metrics=[]"
+    return f"~{key}" if presets.is_group(key, roots) else None
+
+
+def _check_choice(override: Override, roots: Sequence[Path]) -> Problem | None:
+    group, value = override.key_or_group, override.value()
+    if override.is_delete() or override.is_hydra_override() or value is None:
+        return None
+    for choice in value if isinstance(value, list) else [value]:
+        if presets.locate(f"{group}/{choice}", roots) is None:
+            of_class = (
+                f"; a class is no preset: write '~{group}' '+{group}.name={choice}'" if ":" in str(choice) else ""
+            )
+            message = f"no {group} preset is named '{choice}'{of_class}{hint(str(choice), presets.names(group, roots))}"
+            return Problem(message, group, origin(override))
+    return None
+
+
+# ---------------------------------------------------------------- what Hydra says
+
+
+def _culprit(error: Exception, usable: Mapping[str, Override]) -> str | None:
+    """The override that an error names."""
+    for line, override in usable.items():
+        if f"'{override.key_or_group}'" in str(error) or line in str(error):
+            return line
+    return None
+
+
+def _explain(error: Exception, culprit: Override | None, roots: Sequence[Path]) -> list[Problem]:
+    """Hydra's error as problems of one line each."""
+    broken = presets.broken(roots) if culprit is None else []
+    if broken:
+        return broken
+    missing = _NOT_FOUND.search(str(error))
+    if missing:
+        by, group, name = missing.groups()
+        file = presets.locate(by, roots) if by else None
+        message = f"no {group or 'config'} preset is named '{name}'{hint(name, presets.names(group or '', roots))}"
+        return [Problem(message, group or "", presets.shown(file) if file else "")]
+    reasons = [str(e).strip().splitlines()[0] for e in (error, error.__cause__) if e is not None and str(e).strip()]
+    where = (culprit.key_or_group, origin(culprit)) if culprit else ("", "")
+    return [Problem("; ".join(reasons) or type(error).__name__, *where)]
+
+
+# ---------------------------------------------------------------- plain values
+
+
+def plain(tree: DictConfig, choices: Mapping[str, Any]) -> dict[str, Any]:
+    """A composed tree as plain resolved values, without the ``hydra`` node.
+
+    A modality that was deselected has no node, or only what an experiment would have changed in it: both become null.
+
+    Args:
+        tree: the composed tree.
+        choices: group -> chosen preset, from ``hydra.runtime.choices``.
+
+    Raises:
+        OmegaConfBaseException: an interpolation that leads nowhere.
+    """
+    values = {str(key): _plain(tree, key) for key in tree if key != "hydra"}
+    for part in MODALITIES:
+        node = values.get(part)
+        deselected = choices.get(part) is None and isinstance(node, dict) and "name" not in node
+        values[part] = None if deselected else node
+    return values
+
+
+def _plain(tree: DictConfig, key: Any) -> Any:
+    value = MISSING if OmegaConf.is_missing(tree, key) else tree[key]
+    return OmegaConf.to_container(value, resolve=True, throw_on_missing=False) if OmegaConf.is_config(value) else value
+
+
+def _resolve(tree: DictConfig) -> tuple[dict[str, Any], list[Problem]]:
+    choices = tree.hydra.runtime.choices
+    try:
+        return plain(tree, choices), []
+    except OmegaConfBaseException:
+        pass
+    with open_dict(tree.hydra):  # known only when a job runs; interpolations such as ${hydra:job.num} get a stand-in
+        for key, value in (("runtime.output_dir", "output_dir"), ("job.num", 0), ("job.id", "0")):
+            if OmegaConf.is_missing(OmegaConf.select(tree.hydra, key.partition(".")[0]), key.partition(".")[2]):
+                OmegaConf.update(tree.hydra, key, value)
+    HydraConfig.instance().set_config(tree)
+    try:
+        problems = [problem for key in tree if key != "hydra" for problem in _unresolved(tree, key, str(key))]
+        return plain(tree, choices), problems
+    finally:
+        HydraConfig.instance().cfg = None
+
+
+def _unresolved(node: DictConfig | ListConfig, key: Any, path: str) -> Iterator[Problem]:
+    """Problems of the interpolations at and below a key; each is replaced by null."""
+    try:
+        value = None if OmegaConf.is_missing(node, key) else node[key]
+    except OmegaConfBaseException as error:
+        yield Problem(str(error).splitlines()[0], path)
+        with open_dict(node):
+            node[key] = None
+        return
+    if isinstance(value, DictConfig | ListConfig) and not OmegaConf.is_interpolation(node, key):
+        for inner in list(value) if isinstance(value, DictConfig) else range(len(value)):
+            yield from _unresolved(value, inner, f"{path}.{inner}")

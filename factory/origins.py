@@ -1,0 +1,61 @@
+"""Where each key of a composed tree was set: an override, or a line of a YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.types import Override
+from hydra.types import RunMode
+
+from mllm_factory import presets
+from mllm_factory.overrides import origin
+
+
+class Origins:
+    """Answers for one composition. The files are only read when the first question comes."""
+
+    def __init__(
+        self,
+        config_name: str,
+        groups: Sequence[str],
+        values: Sequence[Override],
+        roots: Sequence[Path],
+        loader: ConfigLoader | None,
+        stored: Mapping[str, Path],
+    ) -> None:
+        self.name, self.groups, self.values = config_name, list(groups), list(values)
+        self.roots, self.loader, self.stored = list(roots), loader, dict(stored)
+
+    def of(self, key: str) -> str:
+        """The override or file and line that set ``key``, or else the nearest key above it, last; empty if nothing did."""
+        path = tuple(key.split("."))
+        for override in reversed(self.values):
+            target = tuple(override.key_or_group.split("."))
+            if path[: len(target)] == target:
+                return origin(override)
+        for length in range(len(path), 0, -1):
+            for file, package, lines in reversed(self._files):
+                below = path[:length]
+                if below == package:
+                    return f"{presets.shown(file)}:{min(lines.values(), default=1)}"
+                if below[: len(package)] == package and below[len(package) :] in lines:
+                    return f"{presets.shown(file)}:{lines[below[len(package) :]]}"
+        return ""
+
+    @cached_property
+    def _files(self) -> list[tuple[Path, tuple[str, ...], dict[tuple[str, ...], int]]]:
+        """(file, package, line of each key) of the defaults list, in the order of merging."""
+        if self.loader is None:
+            return []
+        found = self.loader.compute_defaults_list(self.name, self.groups, RunMode.RUN)
+        result = []
+        for default in found.defaults:
+            config = default.config_path or ""
+            file = self.stored.get(config) or presets.locate(config, self.roots)
+            if file is not None:
+                package = (default.package or "").removeprefix("_global_").strip(".")
+                result.append((file, tuple(package.split(".")) if package else (), presets.lines(file)))
+        return result
