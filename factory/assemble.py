@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 
 from mllm_factory import files
 from mllm_factory.data import Collator
-from mllm_factory.errors import ConfigError, Problem
+from mllm_factory.errors import ConfigError, DataError, Problem
 from mllm_factory.interfaces import Backbone, Encoder, Metric, Projector, Source, Tuning
 from mllm_factory.media import BLANK
 from mllm_factory.model import MultimodalModel
@@ -31,23 +31,24 @@ def build_model(tree: Tree) -> MultimodalModel:
     """
     problems: list[Problem] = []
 
-    def attempt(kind: type[T], key: str, node: Any, **given: Any) -> T | None:
-        seed_all(seed_of(tree["seed"], key))
+    def attempt(kind: type[T], part: str, key: str, **given: Any) -> T | None:
+        seed_all(seed_of(tree["seed"], part))
         try:
-            return build(kind, node, key, **given)  # type: ignore[type-abstract]
+            return build(kind, tree[key], key, **given)  # type: ignore[type-abstract]
         except ConfigError as error:
             problems.extend(error.problems)
             return None
 
-    backbone = attempt(Backbone, "backbone", tree["backbone"])
-    encoders = {name: attempt(Encoder, name, tree[name]) for name in MODALITIES if tree.get(name)}
+    backbone = attempt(Backbone, "backbone", "backbone")
+    encoders = {name: attempt(Encoder, name, name) for name in MODALITIES if tree.get(name)}
     projectors = {}
     for name, encoder in encoders.items():
         if encoder is not None and backbone is not None:
             problems += _wrong_modality(name, encoder)
-            key = "projector" if name == "vision" or not tree.get(f"{name}_projector") else f"{name}_projector"
+            part = "projector" if name == "vision" else f"{name}_projector"
+            key = part if tree.get(part) else "projector"
             sizes = {"in_dim": encoder.dim, "out_dim": backbone.dim, "in_tokens": encoder.num_tokens}
-            projectors[name] = attempt(Projector, key, tree[key], **sizes)
+            projectors[name] = attempt(Projector, part, key, **sizes)
     if problems or backbone is None:
         raise ConfigError(problems)
     model = MultimodalModel(backbone, encoders, projectors)  # type: ignore[arg-type]
@@ -186,6 +187,24 @@ def build_collator(tree: Tree, model: MultimodalModel) -> Collator:
             Problem(f"{collator.max_length} is more than the backbone's {limit} positions", "data.max_length")
         )
     return collator
+
+
+def length_of(source: Source, collator: Collator) -> Callable[[int], int]:
+    """Tokens of a sample by its index.
+
+    Raises:
+        DataError: while called, for a sample that cannot be read.
+    """
+
+    def length(index: int) -> int:
+        try:
+            return collator.length(source[index])
+        except DataError:
+            raise
+        except Exception as error:  # a user's source may raise anything
+            raise DataError(f"sample number {index} cannot be read: {type(error).__name__}: {error}") from error
+
+    return length
 
 
 def build_metrics(tree: Tree) -> dict[str, Metric]:

@@ -98,7 +98,7 @@ class Writer:
         with (tmp / "trainer.pt").open("wb") as file:  # an open file reports a full disk as an OSError
             torch.save(dict(progress), file)
         (tmp / "README.md").write_text(_readme(self.tree, tensors, progress["step"]), encoding="utf-8")
-        (tmp / "manifest.json").write_text(json.dumps(runs.manifest(tmp), indent=1) + "\n", encoding="utf-8")
+        (tmp / "manifest.json").write_text(json.dumps(runs.manifest(tmp), indent=1), encoding="utf-8")
         for path in [*tmp.iterdir(), tmp]:
             files.flush(path)
 

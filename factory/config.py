@@ -29,7 +29,16 @@ from mllm_factory import presets
 from mllm_factory.checks import check_tree as check_tree
 from mllm_factory.errors import Problem, hint
 from mllm_factory.origins import Origins
-from mllm_factory.overrides import apply, origin, parse, quoted, refuse_sweeps
+from mllm_factory.overrides import (
+    apply,
+    as_hydra_takes,
+    is_choice,
+    origin,
+    parse,
+    quoted,
+    refuse_sweeps,
+    unknown_choice,
+)
 from mllm_factory.registry import MISSING
 
 VERSION_BASE = "1.3"
@@ -119,14 +128,14 @@ class Composer:
         parsed, problems = parse(overrides)
         problems += refuse_sweeps(parsed)
         parsed = [override for override in parsed if not override.is_sweep_override()]
-        roots, search, missing = self._roots(parsed)
-        choices = [override for override in parsed if _is_choice(override, roots)]
+        roots, search, missing = self.roots(parsed)
+        choices = [override for override in parsed if is_choice(override, roots)]
         values = [override for override in parsed if override not in choices]
         base = self._base(choices, roots, search)
         problems += [*missing, *base.problems]
         spoilt = {*base.spoilt, *(problem.key for problem in problems if problem.key)}
         origins = Origins(self.name, base.lines, values, base.roots, base.loader, self.stored)
-        handed = [line for override in parsed if (line := _as_hydra_takes(override, roots)) is not None]
+        handed = self.handed(parsed)
         if base.tree is None:
             return Composed(None, problems, handed, None, origins, spoilt)
         tree = copy.deepcopy(base.tree) if self.keep else base.tree
@@ -140,7 +149,12 @@ class Composer:
         spoilt |= {problem.key for problem in unresolved}
         return Composed(values_only, problems, handed, tree.hydra, origins, spoilt)
 
-    def _roots(self, parsed: Sequence[Override]) -> tuple[list[Path], list[str], list[Problem]]:
+    def handed(self, parsed: Sequence[Override]) -> list[str]:
+        """Overrides as Hydra takes them, sweeps included."""
+        roots, _, _ = self.roots(parsed)
+        return [line for override in parsed if (line := as_hydra_takes(override, roots)) is not None]
+
+    def roots(self, parsed: Sequence[Override]) -> tuple[list[Path], list[str], list[Problem]]:
         """The folders that presets come from, Hydra's words for those beside the primary one, and what does not exist."""
         primary = presets.folder(self.place)
         places = [(self.place, "--config-path")] + [(directory, "--config-dir") for directory in self.dirs]
@@ -164,13 +178,13 @@ class Composer:
 
     def _compose_groups(self, choices: Sequence[Override], roots: list[Path], search: list[str]) -> Base:
         problems = self._check_files(roots)
-        wrong = {override.key_or_group: p for override in choices if (p := _check_choice(override, roots)) is not None}
+        wrong = {override.key_or_group: p for override in choices if (p := unknown_choice(override, roots)) is not None}
         problems += wrong.values()
         spoilt = set(wrong)
         usable = {
             line: override
             for override in choices
-            if override.key_or_group not in {*wrong, "hydra.searchpath"} and (line := _as_hydra_takes(override, roots))
+            if override.key_or_group not in {*wrong, "hydra.searchpath"} and (line := as_hydra_takes(override, roots))
         }
         if not roots or (self.name not in self.stored and presets.locate(self.name, roots) is None):
             return Base(None, problems, spoilt, list(usable), roots, None)
@@ -214,37 +228,6 @@ def _fast_yaml() -> Iterator[None]:
         yield
     finally:
         yaml.SafeLoader = slow
-
-
-def _is_choice(override: Override, roots: Sequence[Path]) -> bool:
-    """True where an override chooses a preset or concerns Hydra itself: those are Hydra's to apply."""
-    key = override.key_or_group
-    group = key in presets.GROUPS or presets.is_group(key, roots)
-    return override.is_hydra_override() or (group and not isinstance(override.value(), dict))
-
-
-def _as_hydra_takes(override: Override, roots: Sequence[Path]) -> str | None:
-    """Hydra knows no ``group=null``: it deletes groups, and empties those that are lists; None where it has no such group."""
-    key, plain = override.key_or_group, not (override.is_add() or override.is_force_add() or override.is_delete())
-    if not plain or override.value() is not None or not _is_choice(override, roots) or override.is_hydra_override():
-        return str(override.input_line)
-    if key == "metrics":
-        return "metrics=[]"
-    return f"~{key}" if presets.is_group(key, roots) else None
-
-
-def _check_choice(override: Override, roots: Sequence[Path]) -> Problem | None:
-    group, value = override.key_or_group, override.value()
-    if override.is_delete() or override.is_hydra_override() or value is None:
-        return None
-    for choice in value if isinstance(value, list) else [value]:
-        if presets.locate(f"{group}/{choice}", roots) is None:
-            of_class = (
-                f"; a class is no preset: write '~{group}' '+{group}.name={choice}'" if ":" in str(choice) else ""
-            )
-            message = f"no {group} preset is named '{choice}'{of_class}{hint(str(choice), presets.names(group, roots))}"
-            return Problem(message, group, origin(override))
-    return None
 
 
 # ---------------------------------------------------------------- what Hydra says

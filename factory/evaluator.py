@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from mllm_factory import distributed, randomness
+from mllm_factory.assemble import length_of
 from mllm_factory.data import Collator
 from mllm_factory.errors import ConfigError
 from mllm_factory.interfaces import Metric, Source
@@ -55,7 +56,7 @@ def evaluate(
         batch_size=batch_size,
         seed=seed,
         limit=limit,
-        length=lambda i: collator.length(source[i]),
+        length=length_of(source, collator),
         workers=workers,
         pin=device.type == "cuda",
     )

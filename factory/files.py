@@ -48,6 +48,10 @@ def flush(path: Path) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """An error's cause on one line."""
-    strerror = error.strerror if isinstance(error, OSError) else None
-    return strerror or next(iter(str(error).splitlines()), "") or type(error).__name__
+    """An error's cause on one line; what the operating system said where it is behind the error."""
+    behind: BaseException | None = error
+    while behind is not None:
+        if isinstance(behind, OSError) and behind.strerror:
+            return behind.strerror
+        behind = behind.__cause__ or behind.__context__
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -12,8 +12,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from mllm_factory import presets
 from mllm_factory.checks import ROOT_KEYS
 from mllm_factory.errors import Problem, hint
+from mllm_factory.registry import find, index
 
 
 def parse(texts: Iterable[str]) -> tuple[list[Override], list[Problem]]:
@@ -38,6 +40,41 @@ def quoted(text: str) -> str:
     """A text as an override's value, whatever characters it has."""
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
+
+
+# ---------------------------------------------------------------- choices of presets
+
+
+def is_choice(override: Override, roots: Sequence[Path]) -> bool:
+    """True where an override chooses a preset or concerns Hydra itself: those are Hydra's to apply."""
+    key = override.key_or_group
+    group = key in presets.GROUPS or presets.is_group(key, roots)
+    return override.is_hydra_override() or (group and not isinstance(override.value(), dict))
+
+
+def as_hydra_takes(override: Override, roots: Sequence[Path]) -> str | None:
+    """Hydra knows no ``group=null``: it deletes groups, and empties those that are lists; None where it has no such group."""
+    key, plain = override.key_or_group, not (override.is_add() or override.is_force_add() or override.is_delete())
+    if not plain or override.value() is not None or not is_choice(override, roots) or override.is_hydra_override():
+        return str(override.input_line)
+    if key == "metrics":
+        return "metrics=[]"
+    return f"~{key}" if presets.is_group(key, roots) else None
+
+
+def unknown_choice(override: Override, roots: Sequence[Path]) -> Problem | None:
+    """A problem where an override names a preset that does not exist."""
+    group, value = override.key_or_group, override.value()
+    if override.is_delete() or override.is_hydra_override() or value is None:
+        return None
+    for choice in value if isinstance(value, list) else [value]:
+        if presets.locate(f"{group}/{choice}", roots) is None:
+            of_class = (
+                f"; a class is no preset: write '~{group}' '+{group}.name={choice}'" if ":" in str(choice) else ""
+            )
+            message = f"no {group} preset is named '{choice}'{of_class}{hint(str(choice), presets.names(group, roots))}"
+            return Problem(message, group, origin(override))
+    return None
 
 
 # ---------------------------------------------------------------- one override on a tree
@@ -94,8 +131,15 @@ def _unknown(tree: DictConfig, key: str, line: str) -> str:
         return f"{part} is null here; choose one first: {part}=<preset>"
     known = [str(name) for name in node if name != "hydra"] if done else ROOT_KEYS
     where = f" in {'.'.join(done)}" if done else ""
-    close = difflib.get_close_matches(part, known, n=1, cutoff=0.5)
-    return f"no key '{part}'{where}{hint(part, known)}{'' if close else f' (to add it, write +{line})'}"
+    advice = f" (to add it, write +{line})" if done and _may_have(node, part) else ""
+    return f"no key '{part}'{where}{hint(part, known)}{advice}"
+
+
+def _may_have(node: DictConfig, option: str) -> bool:
+    """False where a node's class, if it is registered, has no such option."""
+    name = node.get("name")
+    kinds = [kind for kind, known in index().items() if name in known]
+    return not kinds or any(option in find(kind, str(name)).params for kind in kinds)
 
 
 # ---------------------------------------------------------------- sweeps

@@ -22,6 +22,7 @@ from mllm_factory.assemble import (
     build_metrics,
     build_model,
     build_source,
+    length_of,
 )
 from mllm_factory.checkpoint import Writer, fingerprints, initialise, load, read_progress
 from mllm_factory.data import Collator
@@ -38,7 +39,7 @@ from mllm_factory.registry import build
 from mllm_factory.trainer import Trainer, TrainState
 from mllm_factory.types import MODALITIES, Batch
 
-PLAIN: dict[str, bool] = {"markup": False, "highlight": False}
+PLAIN: dict[str, bool] = {"markup": False, "highlight": False, "soft_wrap": True}  # paths stay as they are
 
 
 def train(tree: Tree) -> float | None:
@@ -107,7 +108,7 @@ def _train(tree: Tree, trainer: Trainer, schedule: Schedule, world: World, start
 
 def _batches(tree: Tree, source: Source, collator: Collator, trainer: Trainer, state: TrainState) -> Iterator[Batch]:
     """This process's batches from the state's step on."""
-    order = Order(len(source), trainer.batch_size, tree["seed"], lambda i: collator.length(source[i]), trainer.bucket)
+    order = Order(len(source), trainer.batch_size, tree["seed"], length_of(source, collator), trainer.bucket)
     world = state.world
     return train_batches(
         source,

@@ -50,7 +50,9 @@ def write(result: harness.Result) -> None:
     start, end = f"<!-- {result.bench} -->\n", f"<!-- /{result.bench} -->"
     text = DOCS.read_text(encoding="utf-8")
     block = f"{start}{harness.markdown(result)}\n{end}"
-    DOCS.write_text(re.sub(re.escape(start) + ".*?" + re.escape(end), lambda _: block, text, flags=re.S), encoding="utf-8")
+    DOCS.write_text(
+        re.sub(re.escape(start) + ".*?" + re.escape(end), lambda _: block, text, flags=re.S), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

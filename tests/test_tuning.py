@@ -27,11 +27,11 @@ NO_MODEL = cast(MultimodalModel, None)  # these strategies look at the part alon
 
 def backbone(node: dict[str, Any] = LLAMA) -> Any:
     torch.manual_seed(0)
-    return build(Backbone, node).eval()  # type: ignore[type-abstract]
+    return build(Backbone, node).eval()
 
 
 def tune(part: nn.Module, name: str, **options: Any) -> Any:
-    strategy = build(Tuning, {"name": name, **options})  # type: ignore[type-abstract]
+    strategy = build(Tuning, {"name": name, **options})
     strategy.apply(part, NO_MODEL)
     return strategy
 
@@ -101,7 +101,7 @@ def test_a_target_that_matches_nothing_names_what_there_is() -> None:
 
 
 def test_lora_on_an_encoder_and_on_a_part_without_linear_layers() -> None:
-    vit: Any = build(Encoder, {"name": "timm", "architecture": "test_vit", "image_size": 32})  # type: ignore[type-abstract]
+    vit: Any = build(Encoder, {"name": "timm", "architecture": "test_vit", "image_size": 32})
     assert len(tune(vit, "lora", rank=2).resolved) == 6 * 4
     assert learning(vit)
     with pytest.raises(ConfigError, match="Conv2d has no linear layer"):
@@ -165,4 +165,4 @@ def test_the_factors_follow_the_seed() -> None:
 )
 def test_bad_options(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
-        build(Tuning, {"name": "lora", **options})  # type: ignore[type-abstract]
+        build(Tuning, {"name": "lora", **options})

@@ -123,7 +123,14 @@ def cells(row: Row) -> list[str]:
     mark = f"{'at most' if row.rule == '<=' else 'at least'} {row.mark:g}" if row.mark is not None else ""
     mark += f" {row.unit}" if row.absolute else ""
     met = {True: "yes", False: "no", None: ""}[row.met]
-    return [f"{row.case}, {row.unit}", row.ours.show(digits), row.other.show(digits), row.ratio.show(3 if row.ratio.median < 2 else 2), mark, met]
+    return [
+        f"{row.case}, {row.unit}",
+        row.ours.show(digits),
+        row.other.show(digits),
+        row.ratio.show(3 if row.ratio.median < 2 else 2),
+        mark,
+        met,
+    ]
 
 
 HEADER = ["case", "ours", "other", "ratio", "mark", "met"]
@@ -148,6 +155,11 @@ def markdown(result: Result) -> str:
     """The table for docs/benchmarks.md."""
     lines = [HEADER, ["---"] * len(HEADER), *map(cells, result.rows)]
     m = machine()
-    about = ", ".join([*([f"{m['torch_threads']} torch threads"] if "torch_threads" in m else []), *(f"{name} {m[name]}" for name in LIBRARIES)])
+    about = ", ".join(
+        [
+            *([f"{m['torch_threads']} torch threads"] if "torch_threads" in m else []),
+            *(f"{name} {m[name]}" for name in LIBRARIES),
+        ]
+    )
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"{m['cores']} cores of an {m['architecture']} CPU, {about}.\n\n{table}"

@@ -52,7 +52,9 @@ class Sizes:
         return (self.image // self.patch) ** 2
 
 
-SMALL = Sizes(vocabulary=512, dim=32, layers=2, heads=2, hidden=64, vision_dim=32, vision_layers=2, image=32, samples=32, batch=4)
+SMALL = Sizes(
+    vocabulary=512, dim=32, layers=2, heads=2, hidden=64, vision_dim=32, vision_layers=2, image=32, samples=32, batch=4
+)
 
 
 # ---------------------------------------------------------------- data

