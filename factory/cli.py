@@ -78,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    finally:
+        gc.freeze()  # nothing is left to collect at exit
 
 
 def _dispatch(argv: list[str]) -> int:

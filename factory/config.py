@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -189,7 +189,7 @@ class Composer:
         if not roots or (self.name not in self.stored and presets.locate(self.name, roots) is None):
             return Base(None, problems, spoilt, list(usable), roots, None)
         extra = [f"hydra.searchpath=[{','.join(map(quoted, search))}]"] if search else []
-        with self._hydra(roots[0]), _fast_yaml():
+        with self._hydra(roots[0]), presets.fast_yaml():
             loader = GlobalHydra.instance().config_loader()
             while True:
                 try:
@@ -217,17 +217,6 @@ class Composer:
                 Problem(f"{where} has no config '{self.name}'{hint(self.name, known)}", origin="--config-name")
             )
         return problems
-
-
-@contextmanager
-def _fast_yaml() -> Iterator[None]:
-    """OmegaConf derives its loader from ``yaml.SafeLoader``; libyaml's reads a tree in a third of the time."""
-    slow = yaml.SafeLoader
-    yaml.SafeLoader = getattr(yaml, "CSafeLoader", slow)
-    try:
-        yield
-    finally:
-        yaml.SafeLoader = slow
 
 
 # ---------------------------------------------------------------- what Hydra says

@@ -74,7 +74,7 @@ class Follower:
 
     def _count(self, state: TrainState, facts: Mapping[str, Tensor]) -> None:
         """Add up; sums stay on the device, so that nothing waits for it."""
-        self.loss_sum += facts["loss_sum"].double()
+        self.loss_sum += facts["loss_sum"]
         self.num_labels += facts["num_labels"]
         self.refused += sum(batch.refused for batch in state.batches)
         self.samples += sum(len(batch.ids) for batch in state.batches)

@@ -50,7 +50,8 @@ class Origins:
         """(file, package, line of each key) of the defaults list, in the order of merging."""
         if self.loader is None:
             return []
-        found = self.loader.compute_defaults_list(self.name, self.groups, RunMode.RUN)
+        with presets.fast_yaml():
+            found = self.loader.compute_defaults_list(self.name, self.groups, RunMode.RUN)
         result = []
         for default in found.defaults:
             config = default.config_path or ""

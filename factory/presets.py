@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib import util
 from pathlib import Path
@@ -23,6 +24,17 @@ GROUPS = ("vision", "audio", "projector", "backbone", "tuning", "schedule", "dat
 BUILT_IN = "pkg://mllm_factory.conf"
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _COMMENT = re.compile(r"(?:^|\s)#\s*(.*)$")
+
+
+@contextmanager
+def fast_yaml() -> Iterator[None]:
+    """OmegaConf derives its loader from ``yaml.SafeLoader``; libyaml's reads a tree in a third of the time."""
+    slow = yaml.SafeLoader
+    yaml.SafeLoader = _Loader
+    try:
+        yield
+    finally:
+        yaml.SafeLoader = slow
 
 
 def folder(place: str) -> Path | None:

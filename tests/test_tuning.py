@@ -108,6 +108,16 @@ def test_lora_on_an_encoder_and_on_a_part_without_linear_layers() -> None:
         tune(nn.Conv2d(3, 3, 1), "lora")
 
 
+def test_factors_of_a_half_precision_part_are_float32() -> None:
+    part = backbone({**LLAMA, "dtype": "bfloat16"})
+    tune(part, "lora", rank=2)
+    assert {p.dtype for p in part.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in part.parameters() if not p.requires_grad} == {torch.bfloat16}
+    out = part(torch.randn(1, 3, 16, dtype=torch.bfloat16))
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+
+
 def test_lora_twice_is_refused() -> None:
     part = backbone()
     tune(part, "lora", targets="q_proj")

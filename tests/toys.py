@@ -152,8 +152,8 @@ class Stubborn(Projector):
         return self.linear(features)
 
 
-class NanOnRed(Projector):
-    """Not a number for red pictures once it has seen ``after`` batches."""
+class TurnsNan(Projector):
+    """Gives what is not a number once it has seen ``after`` batches."""
 
     def __init__(self, in_dim: int, out_dim: int, in_tokens: int, after: int = 2) -> None:
         super().__init__()

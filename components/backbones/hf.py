@@ -60,7 +60,8 @@ class HFBackbone(Backbone):
             self.model = hf_build.load_model(source, **options)
         else:
             self.model = hf_build.new_model(str(architecture), sizes or {}, self.tokenizer, **options)
-        rows, self.dim = self.model.get_input_embeddings().weight.shape
+        table: Any = self.model.get_input_embeddings()
+        rows, self.dim = table.weight.shape
         if len(self.tokenizer) > rows:
             raise ValueError(
                 f"tokenizer: it has {len(self.tokenizer)} tokens but the model {rows}; use the model's own"
@@ -74,7 +75,8 @@ class HFBackbone(Backbone):
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers, first to last."""
-        return self.model.get_submodule(self._layers)
+        found: Any = self.model.get_submodule(self._layers)
+        return found
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """[B, T] -> [B, T, D]"""

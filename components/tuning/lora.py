@@ -22,7 +22,7 @@ class Lora(Tuning):
 
     Where every weight of the part still learns (nothing came before, or ``full``), all of them are frozen first. Otherwise
     the former strategies' choice stands and only the layers that get an update are frozen, so ``[another, lora]`` trains both.
-    The factors are float32 also on a bfloat16 part (peft's choice).
+    The factors are float32 also on a part of half precision: small updates would be lost in it.
 
     Args:
         rank: width of the two factors.
@@ -72,6 +72,8 @@ class Lora(Tuning):
         for name, parameter in part.named_parameters():
             if name in kept:
                 parameter.requires_grad = True
+            elif parameter.requires_grad:  # a factor
+                parameter.data = parameter.data.float()
 
 
 def _resolve(part: nn.Module, targets: Sequence[str] | str) -> list[str]:

@@ -141,7 +141,7 @@ def show(result: Result) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=140)
     console.print(", ".join(f"{key} {value}" for key, value in machine().items()), style="dim")
     table = Table(*HEADER, title=f"{result.bench}: ours against {result.against}; median (min-max)")
     for row in result.rows:

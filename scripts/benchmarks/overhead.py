@@ -5,6 +5,7 @@ Steps of both sides alternate in one process: `Trainer.fit` calls back after eac
 
 from __future__ import annotations
 
+import gc
 import random
 import string
 import time
@@ -43,6 +44,8 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 MARKS = {"10M": 1.03, "0.3M": 1.10}
+BATCH = {"10M": 8, "0.3M": 32}
+RUNS = {"10M": 30, "0.3M": 60}
 SAME = 1e-6
 
 
@@ -74,14 +77,22 @@ def samples(n: int) -> list[Sample]:
     return made
 
 
+NAMES = {
+    "encoders.vision.": "encoder.",
+    "projectors.vision.layers.": "projector.",
+    "backbone.model.model.": "",
+    "backbone.model.": "",
+}
+"""Beginnings of our weights' names, and what the hand-written model calls them; the first that fits counts."""
+
+
 def by_hand(ours: MultimodalModel, sizes: dict[str, Any]) -> Plain:
     """The hand-written model with our weights."""
     encoder = ours.encoders["vision"]
-    weights = {k.removeprefix("backbone.model."): v.clone() for k, v in ours.state_dict().items()}
     plain = Plain(
         encoder=encoder,
         features=encoder.dim,  # type: ignore[arg-type]
-        vocabulary=len(weights["lm_head.weight"]),
+        vocabulary=len(ours.backbone.tokenizer),
         dim=sizes["hidden_size"],
         hidden=sizes["intermediate_size"],
         layers=sizes["num_hidden_layers"],
@@ -89,11 +100,11 @@ def by_hand(ours: MultimodalModel, sizes: dict[str, Any]) -> Plain:
         kv_heads=sizes["num_key_value_heads"],
         positions=sizes["max_position_embeddings"],
     )
-    renamed = {
-        k.removeprefix("model.").replace("projectors.vision.layers.", "projector."): v for k, v in weights.items()
-    }
-    renamed = {k.replace("encoders.vision.", "encoder."): v for k, v in renamed.items()}
-    plain.load_state_dict(renamed)
+    weights = {}
+    for name, tensor in ours.state_dict().items():
+        start = next(start for start in NAMES if name.startswith(start))
+        weights[NAMES[start] + name.removeprefix(start)] = tensor.clone()
+    plain.load_state_dict(weights)
     return plain
 
 
@@ -187,7 +198,7 @@ def run(runs: int | None, small: bool) -> Result:
     for name, sizes in SIZES.items():
         if small and name != "0.3M":
             continue
-        _case(result, name, sizes, runs or (30 if name == "10M" else 60), 2 if small else 32)
+        _case(result, name, sizes, runs or RUNS[name], 2 if small else BATCH[name])
     return result
 
 
@@ -199,6 +210,8 @@ def _case(result: Result, name: str, sizes: dict[str, Any], runs: int, batch_siz
     ours.train(), plain.train()
     ours.encoders.eval()  # the encoder is shared, and frozen on both sides
     given = plain_batch(batch)
+    gc.collect()
+    gc.freeze()  # else a collection of what stands around would fall on one side or the other
     forwards = alternate_forwards(lambda: ours(batch), lambda: plain(*given), runs)
     *steps, losses = alternate_steps(ours, plain_stepper(plain, batch), batch, runs)
     for what, (mine, theirs), mark in (("step", steps, MARKS[name]), ("forward", forwards, MARKS[name])):
