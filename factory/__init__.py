@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from mllm_factory.pretrained import load_matching as load_matching
     from mllm_factory.pretrained import locate as locate
     from mllm_factory.pretrained import on_meta as on_meta
+    from mllm_factory.pretrained import read_weights as read_weights
+    from mllm_factory.pretrained import weights_file as weights_file
     from mllm_factory.registry import build as build
     from mllm_factory.registry import names as names
     from mllm_factory.registry import register as register
@@ -43,7 +45,7 @@ _HOME = {
     "errors": "CheckpointError ConfigError DataError UserError hint",
     "interfaces": "Backbone Encoder Metric Projector Schedule Source Tuning",
     "model": "MultimodalModel",
-    "pretrained": "load_matching locate on_meta",
+    "pretrained": "load_matching locate on_meta read_weights weights_file",
     "registry": "build names register",
     "template": "resolve_template",
     "trainer": "TrainState",

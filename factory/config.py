@@ -140,10 +140,9 @@ class Composer:
             return Composed(None, problems, handed, None, origins, spoilt)
         tree = copy.deepcopy(base.tree) if self.keep else base.tree
         for override in values:
-            problem = apply(tree, override)
-            if problem and not any(_related(problem.key, key) for key in base.spoilt):
-                problems.append(problem)
-                spoilt.add(problem.key)
+            found = [p for p in apply(tree, override) if not any(_related(p.key, key) for key in base.spoilt)]
+            problems += found
+            spoilt |= {problem.key for problem in found}
         values_only, unresolved = _resolve(tree)
         problems += [Problem(p.message, p.key, origins.of(p.key)) for p in unresolved]
         spoilt |= {problem.key for problem in unresolved}

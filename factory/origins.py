@@ -33,8 +33,7 @@ class Origins:
         """The override or file and line that set ``key``, or else the nearest key above it, last; empty if nothing did."""
         path = tuple(key.split("."))
         for override in reversed(self.values):
-            target = tuple(override.key_or_group.split("."))
-            if path[: len(target)] == target:
+            if _sets(override, path):
                 return origin(override)
         for length in range(len(path), 0, -1):
             for file, package, lines in reversed(self._files):
@@ -60,3 +59,17 @@ class Origins:
                 package = (default.package or "").removeprefix("_global_").strip(".")
                 result.append((file, tuple(package.split(".")) if package else (), presets.lines(file)))
         return result
+
+
+def _sets(override: Override, path: tuple[str, ...]) -> bool:
+    """True where an override sets a key or what is around it; a mapping is merged, so it sets only what it names."""
+    target, value = tuple(override.key_or_group.split(".")), override.value()
+    if path[: len(target)] != target:
+        return False
+    for part in path[len(target) :]:
+        if not isinstance(value, dict):
+            break
+        if part not in value:
+            return False
+        value = value[part]
+    return True

@@ -9,8 +9,8 @@ from pathlib import Path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from mllm_factory import presets
 from mllm_factory.checks import ROOT_KEYS
@@ -80,28 +80,40 @@ def unknown_choice(override: Override, roots: Sequence[Path]) -> Problem | None:
 # ---------------------------------------------------------------- one override on a tree
 
 
-def apply(tree: DictConfig, override: Override) -> Problem | None:
-    """Change ``tree`` as Hydra would; a problem where Hydra would stop."""
-    key, line = override.key_or_group, str(override.input_line)
+def apply(tree: DictConfig, override: Override) -> list[Problem]:
+    """Change ``tree`` as Hydra would; problems, and no change, where Hydra would stop."""
+    key, value, line = override.key_or_group, override.value(), str(override.input_line)
+    adds = override.is_add() or override.is_force_add()
     if override.package is not None:
-        return Problem(f"there is no group '{key}' to put at '{override.package}'", key, origin(line))
+        return [Problem(f"there is no group '{key}' to put at '{override.package}'", key, origin(line))]
+    if not adds and not override.is_delete():
+        places = [(place, why) for place in _leaves(key, value) if (why := _unknown(tree, place, line))]
+        if places:
+            return [Problem(why, place, origin(line)) for place, why in places]
     try:
-        message = _change(tree, override)
-    except (ConfigAttributeError, ConfigKeyError):
-        message = _unknown(tree, key, line)
+        message = _change(tree, override, adds)
     except OmegaConfBaseException as error:
         message = str(error).splitlines()[0]
-    return Problem(message, key, origin(line)) if message else None
+        if isinstance(value, list):
+            message += f"; to put a list in the place of what is there, write '~{key}' '+{line}'"
+    return [Problem(message, key, origin(line))] if message else []
 
 
-def _change(tree: DictConfig, override: Override) -> str:
+def _leaves(key: str, value: object) -> list[str]:
+    """The keys that an override sets: its own, or those inside a mapping, which is merged."""
+    if not isinstance(value, dict) or not value:
+        return [key]
+    return [leaf for inner, item in value.items() for leaf in _leaves(f"{key}.{inner}", item)]
+
+
+def _change(tree: DictConfig, override: Override, adds: bool) -> str:
     key, value = override.key_or_group, override.value()
     if override.is_delete():
         return _delete(tree, key, value)
     merges = isinstance(value, dict | list)
     if override.is_add() and not merges and OmegaConf.select(tree, key, throw_on_missing=False) is not None:
         return f"stands there already; write {str(override.input_line).lstrip('+')}, without the +"
-    OmegaConf.update(tree, key, value, merge=True, force_add=override.is_add() or override.is_force_add())
+    OmegaConf.update(tree, key, value, merge=True, force_add=adds)
     return ""
 
 
@@ -118,15 +130,19 @@ def _delete(tree: DictConfig, key: str, value: object) -> str:
 
 
 def _unknown(tree: DictConfig, key: str, line: str) -> str:
-    """Why a key cannot be set: the first part of it that does not exist, and what does."""
+    """Why a key does not exist: its first part that is not there, and what is; empty if it exists."""
     done: list[str] = []
     for part in key.split("."):
         node = OmegaConf.select(tree, ".".join(done), throw_on_missing=False) if done else tree
+        if isinstance(node, ListConfig) or "[" in part:
+            return ""  # an index; OmegaConf knows whether it fits
         if not isinstance(node, DictConfig):
             return f"{'.'.join(done)} is {node}, so it has no '{part}'; set {'.'.join(done)} first"
         if part not in node:
             break
         done.append(part)
+    else:
+        return ""
     if not done and part in ROOT_KEYS:
         return f"{part} is null here; choose one first: {part}=<preset>"
     known = [str(name) for name in node if name != "hydra"] if done else ROOT_KEYS

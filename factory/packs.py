@@ -20,6 +20,7 @@ from mllm_factory.errors import ConfigError
 from mllm_factory.schema import Schema, kind_among, of_source
 
 GROUP = "mllm_factory.components"
+_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 _CLASS = re.compile(r"^class (\w+)\s*(?:\[[^\]]*\])?\s*\(([^)]*)\)\s*:", re.MULTILINE)
 _REGISTERED = re.compile(
     r"""^@(?:\w+\.)*register\(\s*["']([^"']+)["']\s*\)[^\n]*\n(?:[@#][^\n]*\n)*class (\w+)""", re.MULTILINE
@@ -154,6 +155,8 @@ def _header(classes: dict[str, list[Header]], cls: str, file: str) -> Header | N
 def source_schema(place: Place) -> Schema | None:
     """The schema of a registered class, options of its bases in the same pack included; None where sources do not show it."""
     pack = next(pack for pack in packs() if pack.name == place.pack)
+    if not place.file.endswith(".py"):
+        return None
     first = schema = of_source(place.file, place.module, place.cls)
     while schema is not None and not schema.complete:
         base = schema.bases[0].rpartition(".")[2] if len(schema.bases) == 1 else ""
@@ -171,6 +174,8 @@ def path_schema(kind: str, path: str) -> Schema | None:
         ConfigError: there is no such module, or it cannot be read.
     """
     module, _, cls = path.partition(":")
+    if not _PATH.fullmatch(path):
+        raise ConfigError(f"{kind} '{path}': the path of a class is written package.module:Class")
     try:
         spec = util.find_spec(module)
         found = of_source(spec.origin, module, cls) if spec and spec.origin and spec.origin.endswith(".py") else None

@@ -138,14 +138,18 @@ def _drop_after(file: Path, step: int) -> None:
     """Keep the whole lines up to a step: a resumed run writes the later ones again."""
     if not file.exists():
         return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):  # cut off by a crash
-            continue
-    files.write(file, "".join(kept))
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {files.reason(error)}; move it away") from error
+    files.write(file, "".join(line + "\n" for line in lines if _step_of(line) <= step))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # cut off by a crash
+        return math.inf
 
 
 @contextmanager

@@ -164,28 +164,28 @@ def index() -> dict[str, dict[str, Place]]:
         ConfigError: a pack is not there, or two classes of one kind share a name.
     """
     table: dict[str, dict[str, Place]] = {kind: {} for kind in KIND_NAMES}
-    for pack in packs():
-        shown = scan(pack)
-        for kind, name, place in [
-            *shown.found,
-            *(p for m in shown.unclear for p in _live_registrations(pack.name, m)),
-        ]:
-            other = table[kind].setdefault(name, place)
-            if other[1:] != place[1:]:
-                raise ConfigError(
-                    f"{kind} '{name}' is registered twice: {other.module}.{other.cls} (pack '{other.pack}') and "
-                    f"{place.module}.{place.cls} (pack '{place.pack}'); uninstall or rename one"
-                )
+    scans = {pack.name: scan(pack) for pack in packs()}
+    unclear = {module: pack for pack, shown in scans.items() for module in shown.unclear}
+    for kind, name, place in [*(f for shown in scans.values() for f in shown.found), *_live_registrations(unclear)]:
+        other = table[kind].setdefault(name, place)
+        if other[1:] != place[1:]:
+            raise ConfigError(
+                f"{kind} '{name}' is registered twice: {other.module}.{other.cls} (pack '{other.pack}') and "
+                f"{place.module}.{place.cls} (pack '{place.pack}'); uninstall or rename one"
+            )
     return table
 
 
-def _live_registrations(pack: str, module: str) -> Iterable[tuple[str, str, Place]]:
+def _live_registrations(unclear: Mapping[str, str]) -> Iterable[tuple[str, str, Place]]:
+    """Everything registered, by importing the packs, if there is a module whose source does not tell."""
+    if not unclear:
+        return
     load_packs()
-    file = getattr(sys.modules.get(module), "__file__", None) or ""
     for kind, table in _classes.items():
         for name, cls in table.items():
-            if cls.__module__ == module:
-                yield kind, name, Place(pack, module, file, cls.__qualname__)
+            file = getattr(sys.modules.get(cls.__module__), "__file__", None) or ""
+            pack = unclear.get(cls.__module__, next(iter(unclear.values())))
+            yield kind, name, Place(pack, cls.__module__, file, cls.__qualname__)
 
 
 def find(kind: str, name: str) -> Schema:

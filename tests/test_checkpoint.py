@@ -61,7 +61,11 @@ def copied(trained: Path, tmp_path: Path) -> Path:
 
 def test_a_run_leaves_the_promised_files(trained: Path) -> None:
     assert {p.name for p in trained.iterdir()} >= {"config.yaml", "metrics.jsonl", "report.json", "checkpoints"}
-    assert [p.name for p in sorted((trained / "checkpoints").iterdir())] == ["step_000002", "step_000004", "step_000006"]
+    assert [p.name for p in sorted((trained / "checkpoints").iterdir())] == [
+        "step_000002",
+        "step_000004",
+        "step_000006",
+    ]
     step = trained / "checkpoints" / "step_000004"
     assert {p.name for p in step.iterdir()} == FILES
     assert yaml.safe_load((step / "config.yaml").read_text()) == yaml.safe_load((trained / "config.yaml").read_text())
@@ -84,7 +88,9 @@ def test_saved_tensors_are_those_of_the_model(tmp_path: Path) -> None:
     write, model = writer(tmp_path, **encoder)
     model.encoders["vision"].norm.running_var.mul_(3)
     folder = write.save(model, progress(1))
-    model.encoders["vision"].conv.weight.data = model.encoders["vision"].conv.weight.data.to(memory_format=torch.channels_last)
+    model.encoders["vision"].conv.weight.data = model.encoders["vision"].conv.weight.data.to(
+        memory_format=torch.channels_last
+    )
     other = build_model(tree(**encoder, seed=1))
     assert not torch.equal(other.encoders["vision"].conv.weight, model.encoders["vision"].conv.weight)
     load(folder, other)
@@ -105,7 +111,9 @@ def test_the_oldest_are_dropped(tmp_path: Path) -> None:
     assert list(runs.steps(tmp_path)) == [999, 1000]
 
 
-def test_a_run_continued_from_an_earlier_step_drops_the_later_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_continued_from_an_earlier_step_drops_the_later_ones(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write, model = writer(tmp_path, keep=2)
     for step in (2, 4, 6, 3):
         write.save(model, progress(step))
@@ -141,7 +149,9 @@ def test_any_damage_is_found(copied: Path, caplog: pytest.LogCaptureFixture, spo
     newest = copied / "checkpoints" / "step_000006"
     spoil(newest / name)
     assert runs.latest(copied) == copied / "checkpoints" / "step_000004"
-    shown = "mo.el.safetensors" if (spoil, name) == (flip, "manifest.json") else re.escape(name)  # a letter of a name there
+    shown = (
+        "mo.el.safetensors" if (spoil, name) == (flip, "manifest.json") else re.escape(name)
+    )  # a letter of a name there
     assert re.search(f"skipping the damaged checkpoint .*step_000006: {shown} is", caplog.text)
     assert runs.resolve(copied) == runs.resolve(copied / "checkpoints") == copied / "checkpoints" / "step_000004"
     with pytest.raises(CheckpointError, match=rf"step_000006 is damaged: {shown} is (missing|not as it was written)"):
@@ -231,7 +241,9 @@ def test_death_at_any_moment_of_a_save_leaves_a_good_checkpoint(tmp_path: Path) 
     assert 8 < first < len(found) - 1, "it appears late, and a later crash happens with it in place"
     for point in found[first:]:
         assert point["latest"] == "step_000002", f"a newer one that was whole is whole again: {point}"
-    assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"step_000001", "step_000002"}, "no leftovers"
+    assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"step_000001", "step_000002"}, (
+        "no leftovers"
+    )
 
 
 def test_leftovers_of_a_crash_are_taken_care_of(copied: Path) -> None:
@@ -322,7 +334,9 @@ def test_other_frozen_weights_are_refused(changed_base: tuple[Path, Any]) -> Non
     step, model = changed_base
     load(step, model)
     model.encoders["vision"].linear.bias.data[0] += 1e-3
-    with pytest.raises(CheckpointError, match=r"the frozen weights of vision are not those that .* was trained with; restore"):
+    with pytest.raises(
+        CheckpointError, match=r"the frozen weights of vision are not those that .* was trained with; restore"
+    ):
         load(step, model)
     model.backbone.model.lm_head.weight.data.mul_(2)
     with pytest.raises(CheckpointError, match="backbone and vision are not those"):
@@ -354,7 +368,10 @@ def test_other_tensors_and_shapes_are_counted_and_named(trained: Path) -> None:
     with pytest.raises(CheckpointError) as raised:
         load(step, build_model(tree()))
     text = str(raised.value)
-    assert re.search(r"does not fit this model: 21 missing in the checkpoint \(backbone.*, \.\.\.\); 28 unknown to the model \(", text), text
+    assert re.search(
+        r"does not fit this model: 21 missing in the checkpoint \(backbone.*, \.\.\.\); 28 unknown to the model \(",
+        text,
+    ), text
     with pytest.raises(CheckpointError, match=r"28 of another shape \(backbone\.model.* \[2, 16\] -> \[3, 16\]"):
         load(step, build_model(tree(tuning__backbone={**LORA, "rank": 3})))
 
@@ -398,7 +415,9 @@ def test_auto_means_the_newest_run_of_the_name(tmp_path: Path) -> None:
     assert runs.find_run("auto", tree(tmp_path / "elsewhere" / "x")) is None
 
 
-def test_a_named_run_is_found_from_any_of_its_folders(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_named_run_is_found_from_any_of_its_folders(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for path in (trained, trained / "checkpoints", trained / "checkpoints" / "step_000002"):
         assert checkpoint.find_run(str(path), {}) == trained
     monkeypatch.chdir(trained / "checkpoints")

@@ -27,7 +27,10 @@ STEPS = 6
 def settings(folder: Path, **trainer: Any) -> dict[str, Any]:
     """Batches with pictures and without take turns, so that of two processes one often has none."""
     node = tree(folder, data__train={"name": "toys:TextThenPictures", "n": 24, "batch": 1}, trainer__batch_size=1)
-    node["metrics"] |= {"answer_loss": {"name": "answer_loss"}, "ablation": {"name": "ablation", "score": node["metrics"]["exact_match"]}}
+    node["metrics"] |= {
+        "answer_loss": {"name": "answer_loss"},
+        "ablation": {"name": "ablation", "score": node["metrics"]["exact_match"]},
+    }
     node["tuning"]["backbone"] = {"name": "lora", "rank": 2, "targets": "all-linear"}
     node["trainer"] |= {"max_steps": STEPS, "timeout": 60.0, "bucket": 1, **trainer}
     return node
@@ -50,7 +53,9 @@ def begin(node: dict[str, Any], log: Path, size: int = 2) -> list[Any]:
         port = free.getsockname()[1]
     env = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
-        jobs.start(jobs.train, node, log=log.with_suffix(f".{rank}"), env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        jobs.start(
+            jobs.train, node, log=log.with_suffix(f".{rank}"), env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        )
         for rank in range(size)
     ]
 
@@ -165,7 +170,15 @@ def test_torchrun_starts_it(alone: Path, tmp_path: Path) -> None:
         "jobs.train(tree)\n"
     )
     (tmp_path / "tree.json").write_text(json.dumps(settings(tmp_path / "run")))
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(tmp_path / "tree.json")]
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(script),
+        str(tmp_path / "tree.json"),
+    ]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     jobs.assert_same(weights(tmp_path / "run0"), weights(alone), "weights")
@@ -196,7 +209,9 @@ def test_processes_that_do_not_find_each_other_are_told_so(monkeypatch: pytest.M
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="WORLD_SIZE=2 announces 2 processes but they do not find each other .* torchrun"):
+    with pytest.raises(
+        ConfigError, match="WORLD_SIZE=2 announces 2 processes but they do not find each other .* torchrun"
+    ):
         run.train(tree(tmp_path))
 
 

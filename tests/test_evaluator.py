@@ -92,7 +92,9 @@ def test_metrics_get_what_they_ask_for() -> None:
         assert len(output.texts) == len(batch.ids) and output.loss_sum is None and not batch.num_labels
     for batch, output in forced.given:
         assert output.texts is None and len(output.logits) == batch.num_labels == output.num_labels > 0
-    assert sorted(name for batch, _ in generating.given for name in batch.ids) == sorted(Colours(10, text_every=4)[i].id for i in range(10))
+    assert sorted(name for batch, _ in generating.given for name in batch.ids) == sorted(
+        Colours(10, text_every=4)[i].id for i in range(10)
+    )
 
 
 def test_mode_and_random_generators_are_as_before() -> None:

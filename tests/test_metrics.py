@@ -215,7 +215,11 @@ def test_a_model_that_only_looks_loses_everything() -> None:
     model, collator = reader()
     full, ablated = run(model, [prompts(collator, *range(i, i + 8)) for i in (0, 8, 16)])
     assert full["exact_match"] == 1.0
-    assert ablated == {"ablation/vision/exact_match": 0.0, "ablation/vision/samples": 24.0, "ablation/vision/skipped": 0.0}
+    assert ablated == {
+        "ablation/vision/exact_match": 0.0,
+        "ablation/vision/samples": 24.0,
+        "ablation/vision/skipped": 0.0,
+    }
 
 
 def test_the_ablated_score_of_a_looking_model_is_chance() -> None:
@@ -253,7 +257,11 @@ def test_batches_without_a_stranger_are_counted() -> None:
     mostly_red = prompts(collator, 0, 4, 8, 1)
     assert run(model, [mostly_red])[1]["ablation/vision/skipped"] == 4.0
     _, ablated = run(model, [mostly_red, prompts(collator, 0, 1, 2, 3)])
-    assert ablated == {"ablation/vision/exact_match": 0.0, "ablation/vision/samples": 4.0, "ablation/vision/skipped": 4.0}
+    assert ablated == {
+        "ablation/vision/exact_match": 0.0,
+        "ablation/vision/samples": 4.0,
+        "ablation/vision/skipped": 4.0,
+    }
 
 
 def test_the_real_model_sees_the_exchanged_pictures() -> None:

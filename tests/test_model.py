@@ -44,7 +44,9 @@ def test_fusion_places_features_like_a_loop_over_rows() -> None:
     features = model.projectors["vision"](model.encoders["vision"](batch.media["vision"]))
     expected = model.backbone.embed(batch.input_ids).clone()
     for row in range(len(batch.input_ids)):
-        queue = [vector for item, at in zip(features, batch.media_row["vision"], strict=True) if at == row for vector in item]
+        queue = [
+            vector for item, at in zip(features, batch.media_row["vision"], strict=True) if at == row for vector in item
+        ]
         for position in range(batch.input_ids.shape[1]):
             if batch.modality[row, position] == VISION:
                 expected[row, position] = queue.pop(0)
@@ -143,7 +145,9 @@ def test_a_text_only_batch_trains_and_gives_zero_gradients_to_the_picture_path(e
             assert not grad.any(), name
     assert all(torch.equal(before[name], t) for name, t in model.encoders.state_dict().items()), "no trace of nothing"
     assert model.encoders["vision"].norm.training == (encoder == "full"), "modes are as before"
-    plain = model.backbone.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), labels=batch.labels).loss
+    plain = model.backbone.model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), labels=batch.labels
+    ).loss
     torch.testing.assert_close(output.loss_sum / output.num_labels, plain, rtol=1e-6, atol=0)
 
 

@@ -62,7 +62,9 @@ def test_kill_at_any_moment_and_continue(whole: Path, tmp_path: Path) -> None:
         before = max(runs.steps(folder), default=0)
         target = before + draw.randrange(1, 3)
         saving = draw.choice([f"step_{target:06d}.tmp", f"step_{target:06d}.tmp/trainer.pt", f"step_{target:06d}"])
-        alive = jobs.until(lambda at=folder / "checkpoints" / saving: at.exists() or at.with_suffix("").exists(), process)
+        alive = jobs.until(
+            lambda at=folder / "checkpoints" / saving: at.exists() or at.with_suffix("").exists(), process
+        )
         time.sleep(draw.random() * 0.02)
         if alive and process.exitcode is None:
             process.kill()
@@ -172,13 +174,17 @@ def test_another_architecture_is_refused_with_what_differs(whole: Path, tmp_path
 
 def test_two_runs_do_not_share_a_folder(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    process = jobs.start(jobs.train, settings(folder, trainer__max_steps=100000, trainer__workers=1), log=tmp_path / "log")
+    process = jobs.start(
+        jobs.train, settings(folder, trainer__max_steps=100000, trainer__workers=1), log=tmp_path / "log"
+    )
     assert jobs.until(lambda: len(jobs.lines(folder)) > 1, process)
     with pytest.raises(CheckpointError, match=rf"another process is running in {folder}; wait for it"):
         run.train(settings(folder, resume="auto"))
     process.kill()
     process.join()
-    with pytest.raises(ConfigError, match="output_dir: .* holds the checkpoints of a run; continue it with resume=auto"):
+    with pytest.raises(
+        ConfigError, match="output_dir: .* holds the checkpoints of a run; continue it with resume=auto"
+    ):
         run.train(settings(folder))
     steps = max(runs.steps(folder))
     run.train(settings(folder, resume="auto", trainer__max_steps=steps))  # at once, though workers may linger

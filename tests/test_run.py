@@ -28,7 +28,9 @@ def refused(node: dict[str, Any]) -> UserError:
 
 
 def test_a_run_reports_what_was_promised(tmp_path: Path) -> None:
-    node = tree(tmp_path / "run", metrics__ablation={"name": "ablation", "score": {"name": "exact_match", "max_new_tokens": 2}})
+    node = tree(
+        tmp_path / "run", metrics__ablation={"name": "ablation", "score": {"name": "exact_match", "max_new_tokens": 2}}
+    )
     node["trainer"] |= {"eval_every": 2, "eval_limit": 4, "tensorboard": True}
     value = run.train(node)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -47,7 +49,9 @@ def test_a_run_reports_what_was_promised(tmp_path: Path) -> None:
 
 def test_the_log_says_what_was_trained(tmp_path: Path) -> None:
     """The logged loss is the mean over all labels since the line before; with a rate of 0 it is that of the data."""
-    node = tree(tmp_path / "run", schedule={"name": "constant", "lr": 0.0}, metrics={"answer_loss": {"name": "answer_loss"}})
+    node = tree(
+        tmp_path / "run", schedule={"name": "constant", "lr": 0.0}, metrics={"answer_loss": {"name": "answer_loss"}}
+    )
     node["trainer"] |= {"max_steps": 4, "batch_size": 4, "accumulate": 2, "log_every": 4, "clip": None}
     node["data"]["eval"] = node["data"]["train"]  # 32 samples: an epoch of 4 x 2 x 4
     value = run.train(node)
@@ -58,7 +62,9 @@ def test_the_log_says_what_was_trained(tmp_path: Path) -> None:
 
 
 def test_a_model_learns_what_it_sees(tmp_path: Path) -> None:
-    node = tree(tmp_path / "run", metrics__ablation={"name": "ablation", "score": {"name": "exact_match", "max_new_tokens": 14}})
+    node = tree(
+        tmp_path / "run", metrics__ablation={"name": "ablation", "score": {"name": "exact_match", "max_new_tokens": 14}}
+    )
     node["metrics"]["exact_match"]["max_new_tokens"] = 14
     node["trainer"] |= {"max_steps": 120, "batch_size": 16, "log_every": 60, "save_every": 120}
     node["backbone"]["sizes"] |= {"hidden_size": 32, "intermediate_size": 64}
@@ -72,7 +78,10 @@ def test_numbers_that_json_does_not_know_become_null(tmp_path: Path) -> None:
     assert json.loads(text, parse_constant=pytest.fail) == {"a": 1.0, "b": None, "c": None, "d": None}
     with recorder.Recorder(tmp_path, 3, 0, False, True) as lines:
         lines.write(1, {"eval/x": math.nan})
-    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail) == {"step": 1, "eval/x": None}
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail) == {
+        "step": 1,
+        "eval/x": None,
+    }
 
 
 def test_bars_may_stand_in_each_other_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,8 +141,14 @@ def test_check_counts_parts_without_weights(tmp_path: Path) -> None:
         ({"data__eval": {"name": "toys:Empty"}}, r"data\.eval: toys:Empty is empty"),
         ({"data__eval": None}, r"data\.eval: metrics need data to be judged on; set data\.eval, or metrics=null"),
         ({"data__train": None}, r"data\.train: there is no data; choose a source"),
-        ({"projector": {"name": "toys:Liar"}}, r"the projector says it gives .* \[1, 5, 16\] for one item but gives \[1, 4, 16\]"),
-        ({"projector": {"name": "toys:Stubborn"}}, r"vision: encoder and projector do not fit: .*shapes cannot be multiplied"),
+        (
+            {"projector": {"name": "toys:Liar"}},
+            r"the projector says it gives .* \[1, 5, 16\] for one item but gives \[1, 4, 16\]",
+        ),
+        (
+            {"projector": {"name": "toys:Stubborn"}},
+            r"vision: encoder and projector do not fit: .*shapes cannot be multiplied",
+        ),
         ({"data__max_length": 4}, r"data\.max_length: one vision item takes 4 tokens but max_length is 4"),
         ({"data__max_length": 300}, r"data\.max_length: 300 is more than the backbone's 256 positions"),
         ({"tuning__projector": FROZEN, "tuning__backbone": FROZEN}, "nothing is trainable"),
@@ -142,12 +157,17 @@ def test_check_counts_parts_without_weights(tmp_path: Path) -> None:
         ({"trainer__device": "tpu"}, r"trainer\.device: 'tpu' is no device"),
         ({"trainer__clip": -1.0}, r"trainer: clip must be above 0"),
         ({"schedule__warmup": 2.0}, r"schedule: cosine: warmup is a share"),
-        ({"metrics__x": {"name": "exact_match", "max_new_tokens": 0}}, r"metrics\.x: exact_match: max_new_tokens must be at least 1"),
+        (
+            {"metrics__x": {"name": "exact_match", "max_new_tokens": 0}},
+            r"metrics\.x: exact_match: max_new_tokens must be at least 1",
+        ),
         ({"vision": {"name": "os:system"}}, "is not a subclass of"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, str) else "",
 )
-def test_what_cannot_work_is_refused_before_the_first_step(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_what_cannot_work_is_refused_before_the_first_step(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     error = refused(tree(tmp_path / "run", **changes))
     import re
 
@@ -157,15 +177,23 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path: Path, chang
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"projector": {"name": "toys:DeadWeight"}}, "1 trainable tensors got no gradient in the first step: projectors.vision.unused"),
+        (
+            {"projector": {"name": "toys:DeadWeight"}},
+            "1 trainable tensors got no gradient in the first step: projectors.vision.unused",
+        ),
         ({"projector": {"name": "toys:TurnsNan", "after": 0}}, "step 1: the loss sum is nan"),
         ({"data__max_length": 10, "data__overflow": "refuse"}, "step 1: no label token in the samples"),
-        ({"data__train": {"name": "toys:FailsLate", "at": 3}}, "sample number 3 cannot be read: OSError: sample 3 is broken"),
+        (
+            {"data__train": {"name": "toys:FailsLate", "at": 3}},
+            "sample number 3 cannot be read: OSError: sample 3 is broken",
+        ),
         ({"data__train": {"name": "toys:FailsLate", "at": 3}, "trainer__workers": 1}, "sample number 3 cannot be read"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, str) else "",
 )
-def test_what_turns_out_in_the_first_step_is_one_line_too(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_what_turns_out_in_the_first_step_is_one_line_too(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     error = refused(tree(tmp_path / "run", **changes))
     assert isinstance(error, DataError) and message in str(error)
 
@@ -180,14 +208,16 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, place: str) 
 def test_a_run_is_not_written_over(tmp_path: Path) -> None:
     run.train(tree(tmp_path / "run"))
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != ".lock"}
-    with pytest.raises(ConfigError, match="output_dir: .* holds the checkpoints of a run; continue it with resume=auto"):
+    with pytest.raises(
+        ConfigError, match="output_dir: .* holds the checkpoints of a run; continue it with resume=auto"
+    ):
         run.train(tree(tmp_path / "run"))
     assert before == {p: p.read_bytes() for p in before}
 
 
 def test_a_metrics_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be (written|read): Is a directory"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be (written|read): Is a directory; move it away"):
         run.train(tree(tmp_path / "run"))
 
 

@@ -50,7 +50,9 @@ def made(**changes: Any) -> tuple[MultimodalModel, Any]:
     return model, build_collator(node, model)
 
 
-def fit(model: MultimodalModel, batches: list[Batch], schedule: Schedule | None = None, **options: Any) -> list[dict[str, Tensor]]:
+def fit(
+    model: MultimodalModel, batches: list[Batch], schedule: Schedule | None = None, **options: Any
+) -> list[dict[str, Tensor]]:
     """Train over the batches, once; what each step told."""
     told: list[dict[str, Tensor]] = []
     trainer = Trainer(**{"max_steps": len(batches) // options.get("accumulate", 1), "device": "cpu", **options})
@@ -128,7 +130,9 @@ def test_clipping_bounds_the_update_and_reports_the_norm_before(clip: float | No
     trainer.fit(wrapped, state, schedule, iter([collator(samples_of(range(4)))]), lambda s, facts: told.append(facts))
     before = torch.stack([g.norm() for g in schedule.seen[0].values()]).norm()
     torch.testing.assert_close(told[0]["grad_norm"], before)
-    torch.testing.assert_close(state.optimizer.norm, torch.minimum(before, torch.tensor(clip or math.inf)), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        state.optimizer.norm, torch.minimum(before, torch.tensor(clip or math.inf)), rtol=1e-4, atol=0
+    )
 
 
 def test_groups_are_named_by_part_and_split_by_decay() -> None:
@@ -163,7 +167,9 @@ def test_nothing_to_train_is_refused() -> None:
 def test_a_dead_parameter_is_named_in_the_first_step() -> None:
     model, collator = made(projector={"name": "toys:DeadWeight"})
     before = {name: p.clone() for name, p in model.named_parameters()}
-    with pytest.raises(TrainingError, match=r"1 trainable tensors got no gradient in the first step: projectors\.vision\.unused;"):
+    with pytest.raises(
+        TrainingError, match=r"1 trainable tensors got no gradient in the first step: projectors\.vision\.unused;"
+    ):
         fit(model, [collator(samples_of(range(4)))])
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 

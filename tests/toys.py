@@ -208,7 +208,14 @@ def tree(folder: Path | str = "unused", **changes: Any) -> dict[str, Any]:
             "eval": {"name": "toys:Colours", "n": 8, "first": 100},
             "max_length": 128,
         },
-        "trainer": {"max_steps": 4, "batch_size": 4, "eval_batch_size": 4, "log_every": 1, "save_every": 2, "device": "cpu"},
+        "trainer": {
+            "max_steps": 4,
+            "batch_size": 4,
+            "eval_batch_size": 4,
+            "log_every": 1,
+            "save_every": 2,
+            "device": "cpu",
+        },
         "metrics": {"exact_match": {"name": "exact_match", "max_new_tokens": 2}},
     }
     result = deepcopy(result)

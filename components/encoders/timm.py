@@ -8,9 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm_factory import ConfigError, Encoder, hint, load_matching, locate, on_meta, register
+from mllm_factory import (
+    ConfigError,
+    Encoder,
+    hint,
+    load_matching,
+    locate,
+    on_meta,
+    read_weights,
+    register,
+    weights_file,
+)
 from mllm_factory.components.encoders.pixels import SquarePixels
-from mllm_factory.pretrained import read_weights, weights_file
 
 
 @register("timm")
