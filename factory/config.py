@@ -238,11 +238,12 @@ def _explain(error: Exception, culprit: Override | None, roots: Sequence[Path]) 
     if missing:
         by, group, name = missing.groups()
         file = presets.locate(by, roots) if by else None
+        where = presets.chooser(group or "", name, roots) or (presets.shown(file) if file else "")
         message = f"no {group or 'config'} preset is named '{name}'{hint(name, presets.names(group or '', roots))}"
-        return [Problem(message, group or "", presets.shown(file) if file else "")]
+        return [Problem(message, group or "", where)]
     reasons = [str(e).strip().splitlines()[0] for e in (error, error.__cause__) if e is not None and str(e).strip()]
-    where = (culprit.key_or_group, origin(culprit)) if culprit else ("", "")
-    return [Problem("; ".join(reasons) or type(error).__name__, *where)]
+    place = (culprit.key_or_group, origin(culprit)) if culprit else ("", "")
+    return [Problem("; ".join(reasons) or type(error).__name__, *place)]
 
 
 # ---------------------------------------------------------------- plain values

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from mllm_factory import presets
-from mllm_factory.checks import ROOT_KEYS
+from mllm_factory.checks import ROOT_KEYS, engine_schema
 from mllm_factory.errors import Problem, hint
 from mllm_factory.registry import find, index
 
@@ -87,7 +87,7 @@ def apply(tree: DictConfig, override: Override) -> list[Problem]:
     if override.package is not None:
         return [Problem(f"there is no group '{key}' to put at '{override.package}'", key, origin(line))]
     if not adds and not override.is_delete():
-        places = [(place, why) for place in _leaves(key, value) if (why := _unknown(tree, place, line))]
+        places = [(place, why) for place in _leaves(tree, key, value) if (why := _unknown(tree, place, line))]
         if places:
             return [Problem(why, place, origin(line)) for place, why in places]
     try:
@@ -99,11 +99,11 @@ def apply(tree: DictConfig, override: Override) -> list[Problem]:
     return [Problem(message, key, origin(line))] if message else []
 
 
-def _leaves(key: str, value: object) -> list[str]:
-    """The keys that an override sets: its own, or those inside a mapping, which is merged."""
-    if not isinstance(value, dict) or not value:
+def _leaves(tree: DictConfig, key: str, value: object) -> list[str]:
+    """The keys that an override sets: its own, or those inside a mapping, which is merged into the one that is there."""
+    if not isinstance(value, dict) or not isinstance(OmegaConf.select(tree, key, throw_on_missing=False), DictConfig):
         return [key]
-    return [leaf for inner, item in value.items() for leaf in _leaves(f"{key}.{inner}", item)]
+    return [leaf for inner, item in value.items() for leaf in _leaves(tree, f"{key}.{inner}", item)]
 
 
 def _change(tree: DictConfig, override: Override, adds: bool) -> str:
@@ -147,12 +147,14 @@ def _unknown(tree: DictConfig, key: str, line: str) -> str:
         return f"{part} is null here; choose one first: {part}=<preset>"
     known = [str(name) for name in node if name != "hydra"] if done else ROOT_KEYS
     where = f" in {'.'.join(done)}" if done else ""
-    advice = f" (to add it, write +{line})" if done and _may_have(node, part) else ""
+    advice = f" (to add it, write +{line})" if done and _may_have(node, done, part) else ""
     return f"no key '{part}'{where}{hint(part, known)}{advice}"
 
 
-def _may_have(node: DictConfig, option: str) -> bool:
-    """False where a node's class, if it is registered, has no such option."""
+def _may_have(node: DictConfig, path: list[str], option: str) -> bool:
+    """False where a node's class is known and has no such option."""
+    if path == ["trainer"]:
+        return option in engine_schema("trainer", "Trainer").params
     name = node.get("name")
     kinds = [kind for kind, known in index().items() if name in known]
     return not kinds or any(option in find(kind, str(name)).params for kind in kinds)

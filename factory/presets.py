@@ -136,6 +136,16 @@ def _walk(node: yaml.Node, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, .
             yield from _walk(item, (*path, str(i)))
 
 
+def chooser(group: str, name: str, roots: Iterable[Path]) -> str:
+    """The file and line whose defaults list chooses a preset; empty where none does."""
+    entry = re.compile(rf"^\s*-\s*(override\s+)?/?{re.escape(group)}(@\S+)?:.*\b{re.escape(name)}\b")
+    for file in (file for root in roots for file in files(root)):
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            if entry.match(line):
+                return f"{shown(file)}:{number}"
+    return ""
+
+
 def comments(file: Path) -> dict[tuple[str, ...], str]:
     """The comment on the line of every key; empty where there is none."""
     text = file.read_text(encoding="utf-8").splitlines()

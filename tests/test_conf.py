@@ -1,0 +1,148 @@
+"""The YAML tree: complete, commented, and composing."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mllm_factory.config import compose
+from mllm_factory.data import Collator
+from mllm_factory.registry import find, schema_of
+from mllm_factory.schema import GIVEN, child_kind
+from mllm_factory.trainer import Trainer
+
+ROOT = Path(__file__).parent.parent
+CONF = ROOT / "conf"
+PRESETS = sorted(CONF.glob("*/*.yaml"))
+KIND_OF = {
+    "vision": "Encoder",
+    "audio": "Encoder",
+    "projector": "Projector",
+    "backbone": "Backbone",
+    "schedule": "Schedule",
+    "metrics": "Metric",
+}
+COLLATOR_GIVEN = {"template", "pad_id", "encoders", "tokens"}
+OFFERED = [file for file in PRESETS if file.parent.name != "experiment"]
+
+
+def complete(kind: str, node: dict[str, Any], place: str) -> Iterator[str]:
+    """What a component's node lacks or has too much, nested nodes included."""
+    schema = find(kind, node["name"])
+    options = set(schema.params) - set(GIVEN.get(kind, ()))
+    if options != set(node) - {"name"}:
+        yield f"{place}: {sorted(options ^ (set(node) - {'name'}))}"
+    for name in options & set(node):
+        child = child_kind(schema.params[name].annotation)
+        if child is not None and child[0] == "one" and node[name] is not None:
+            yield from complete(child[1], node[name], f"{place}.{name}")
+
+
+def engine_options(cls: type, node: dict[str, Any], given: set[str], place: str) -> Iterator[str]:
+    options = set(schema_of(cls).params) - given
+    if options != set(node):
+        yield f"{place}: {sorted(options ^ set(node))}"
+
+
+def test_there_are_presets() -> None:
+    assert len(PRESETS) >= 15
+
+
+@pytest.mark.parametrize("file", OFFERED, ids=lambda f: f"{f.parent.name}/{f.stem}")
+def test_a_preset_lists_every_option_of_its_class(file: Path) -> None:
+    group, node = file.parent.name, yaml.safe_load(file.read_text(encoding="utf-8"))
+    place = f"{group}/{file.stem}"
+    if group == "trainer":
+        faults = [*engine_options(Trainer, node, set(), place)]
+    elif group == "data":
+        sources = [node.pop("train"), node.pop("eval")]
+        faults = [fault for source in sources for fault in complete("Source", source, place)]
+        faults += engine_options(Collator, node, COLLATOR_GIVEN, place)
+    elif group == "tuning":
+        faults = [f for part, strategy in node.items() for f in complete("Tuning", strategy, f"{place}.{part}")]
+        assert set(node) == {"vision", "audio", "projector", "backbone"}
+    else:
+        faults = [*complete(KIND_OF[group], node, place)]
+    assert faults == []
+
+
+@pytest.mark.parametrize("file", OFFERED, ids=lambda f: f"{f.parent.name}/{f.stem}")
+def test_a_preset_says_what_it_is_and_comments_every_option(file: Path) -> None:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    assert any(line.startswith("# ") and "@package" not in line for line in lines)
+    bare = []
+    for number, line in enumerate(lines):
+        option = re.match(r"( *)([\w-]+): *(\S.*)?$", line)
+        if not option or option[2] == "name" or " # " in line:
+            continue
+        parents = [p for p in lines[:number] if re.match(r" *[\w-]+:", p) and _indent(p) < _indent(line)]
+        explained = parents and "#" in parents[-1]  # a mapping of alike values is explained at its head
+        heads_nodes = option[3] is None and lines[number + 1].strip().startswith("name:")
+        if not explained and not heads_nodes:
+            bare.append(line)
+    assert bare == []
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip(" "))
+
+
+@pytest.mark.parametrize("file", PRESETS, ids=lambda f: f"{f.parent.name}/{f.stem}")
+def test_every_preset_composes_and_checks(file: Path) -> None:
+    group = file.parent.name
+    choice = f"{group}=[{file.stem}]" if group == "metrics" else f"{group}={file.stem}"
+    composed = compose("train", [choice])
+    missing = [p for p in composed.check() if "needs a value" not in p.message]
+    assert composed.tree is not None
+    assert missing == []
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_every_root_key_has_a_comment(name: str) -> None:
+    lines = (CONF / f"{name}.yaml").read_text(encoding="utf-8").partition("\nhydra:")[0].splitlines()
+    options = [line for line in lines if re.match(r"(  - \w+|\w+): \S", line)]
+    assert options
+    assert [line for line in options if "#" not in line] == []
+
+
+def test_the_primary_is_first_and_the_experiment_last() -> None:
+    defaults = yaml.safe_load((CONF / "train.yaml").read_text(encoding="utf-8"))["defaults"]
+    assert defaults[0] == "_self_"
+    assert list(defaults[-1]) == ["experiment"]
+
+
+def test_an_experiment_beats_the_primary_and_an_override_beats_the_experiment(
+    tree: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\nseed: 7\ntrainer:\n  max_steps: 40\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(text, encoding="utf-8")
+    mine = compose("train", ["experiment=mine"], [str(tmp_path)]).tree
+    assert mine is not None
+    assert (mine["seed"], mine["trainer"]["max_steps"]) == (7, 40)
+    over = compose("train", ["experiment=mine", "seed=9"], [str(tmp_path)]).tree
+    assert over is not None
+    assert (over["seed"], over["trainer"]["max_steps"]) == (9, 40)
+
+
+def test_the_distribution_has_every_folder_and_every_preset_file() -> None:
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    folders = {
+        f.parent.relative_to(ROOT)
+        for top in ("factory", "components", "conf")
+        for f in (ROOT / top).rglob("__init__.py")
+    }
+    names = {".".join(["mllm_factory", *(f.parts[1:] if f.parts[0] == "factory" else f.parts)]) for f in folders}
+    assert set(tool["packages"]) == names
+    assert "**/*.yaml" in tool["package-data"]["mllm_factory.conf"]
+
+
+def test_no_config_calls_code() -> None:
+    for file in CONF.rglob("*.yaml"):
+        assert "_target_" not in file.read_text(encoding="utf-8")
