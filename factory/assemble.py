@@ -34,7 +34,7 @@ def build_model(tree: Tree) -> MultimodalModel:
     def attempt(kind: type[T], part: str, key: str, **given: Any) -> T | None:
         seed_all(seed_of(tree["seed"], part))
         try:
-            return build(kind, tree[key], key, **given)  # type: ignore[type-abstract]
+            return build(kind, tree[key], key, **given)
         except ConfigError as error:
             problems.extend(error.problems)
             return None
@@ -111,7 +111,7 @@ def tune(model: MultimodalModel, tree: Tree) -> None:
         seed_all(seed_of(tree["seed"], f"tuning.{part}"))
         for strategy in node if isinstance(node, list) else [node]:
             try:
-                build(Tuning, strategy, f"tuning.{key}").apply(module, model)  # type: ignore[type-abstract]
+                build(Tuning, strategy, f"tuning.{key}").apply(module, model)
             except ConfigError as error:
                 problems += [Problem(p.message, p.key or f"tuning.{key}") for p in error.problems]
             except (TypeError, ValueError) as error:
@@ -144,7 +144,7 @@ def build_source(tree: Tree, key: str, encoders: set[str]) -> Source:
     node = tree["data"].get(key)
     if not node:
         raise ConfigError(Problem("there is no data; choose a source", f"data.{key}"))
-    source = build(Source, node, f"data.{key}")  # type: ignore[type-abstract]
+    source = build(Source, node, f"data.{key}")
     if len(source) == 0:
         raise ConfigError(Problem(f"{node['name']} is empty", f"data.{key}"))
     for modality in sorted(source.modalities - encoders):
@@ -210,6 +210,6 @@ def length_of(source: Source, collator: Collator) -> Callable[[int], int]:
 def build_metrics(tree: Tree) -> dict[str, Metric]:
     """Fresh metrics by label."""
     return {
-        label: build(Metric, node, f"metrics.{label}")  # type: ignore[type-abstract]
+        label: build(Metric, node, f"metrics.{label}")
         for label, node in (tree.get("metrics") or {}).items()
     }

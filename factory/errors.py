@@ -8,7 +8,12 @@ from dataclasses import dataclass
 
 
 class UserError(Exception):
-    """Something the user gave does not work; the message names the value, the rule and the way out."""
+    """Something the user gave does not work; the message names the value, the rule and the way out.
+
+    ``shown`` is set once it was printed.
+    """
+
+    shown = False
 
 
 class DataError(UserError):

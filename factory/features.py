@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ class FeatureCache:
     def _grow(self, shape: tuple[int, ...]) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         room = 256 if self.rows is None else 2 * len(self.rows)
-        mode = "w+" if self.rows is None else "r+"
+        mode: Literal["w+", "r+"] = "w+" if self.rows is None else "r+"
         self.rows = np.memmap(self.file, np.float32, mode, shape=(room, *shape))
 
 

@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from mllm_factory import presets
+from mllm_factory import presets, runs
 from mllm_factory.cli import show
 from mllm_factory.config import VERSION_BASE, Composed, Composer, plain
 from mllm_factory.errors import ConfigError, Problem, UserError
@@ -171,9 +171,7 @@ def _run_overrides(parsed: Sequence[Override], composed: Composed, verb: str, mu
     if verb == "train" and resume and multirun:
         _refuse([Problem("continues one run, so it does not go with -m", "resume", composed.origin("resume"))])
     elif verb == "train" and resume:
-        from mllm_factory import checkpoint
-
-        folder = checkpoint.find_run(resume, composed.tree or {})
+        folder = runs.find_run(resume, composed.tree or {})
         extra += [f"{key}={quoted(str(folder))}" for key in ("output_dir", "hydra.run.dir")] if folder else []
     return extra + (_QUIET if int(os.environ.get("RANK", "0")) > 0 else [])
 
@@ -191,7 +189,7 @@ def _hand_over(task: Callable[[DictConfig], Any], composer: Composer, argv: Sequ
     try:
         hydra.main(version_base=VERSION_BASE, config_path=place, config_name=composer.name)(task)()
     except UserError as error:
-        if not getattr(error, "shown", False):
+        if not error.shown:
             raise
         return 2
     except (HydraException, OmegaConfBaseException) as error:

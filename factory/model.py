@@ -164,7 +164,7 @@ class MultimodalModel(nn.Module):
         Hooks on a layer run outside of the recomputation, hooks inside of it run again; both see ``batch``.
         """
         for layer in self.backbone.layers:
-            layer.forward = partial(self._recomputed, layer.forward)  # type: ignore[method-assign]
+            layer.forward = partial(self._recomputed, layer.forward)
 
     def _recomputed(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():

@@ -28,11 +28,12 @@ def seed_all(seed: int) -> None:
 
 def snapshot(device: torch.device = CPU) -> dict[str, Any]:
     """The state of every generator as tensors and plain values."""
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    numpy = np.random.get_state(legacy=False)
+    key = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
     state = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
-        "numpy": (str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)),
+        "numpy": {**numpy, "state": {"key": key, "pos": int(numpy["state"]["pos"])}},
     }
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -43,8 +44,8 @@ def restore(state: Mapping[str, Any], device: torch.device = CPU) -> None:
     """Continue from what ``snapshot`` gave."""
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    numpy = state["numpy"]
+    np.random.set_state({**numpy, "state": {**numpy["state"], "key": numpy["state"]["key"].numpy().astype(np.uint32)}})
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -31,7 +31,7 @@ from mllm_factory.errors import ConfigError, Problem
 from mllm_factory.evaluator import evaluate as evaluate_model
 from mllm_factory.features import cache_features
 from mllm_factory.follower import Follower, restore
-from mllm_factory.interfaces import Schedule, Source
+from mllm_factory.interfaces import Encoder, Schedule, Source
 from mllm_factory.loader import Order, train_batches
 from mllm_factory.model import MultimodalModel
 from mllm_factory.recorder import Recorder, console
@@ -39,7 +39,7 @@ from mllm_factory.registry import build
 from mllm_factory.trainer import Trainer, TrainState
 from mllm_factory.types import MODALITIES, Batch
 
-PLAIN: dict[str, bool] = {"markup": False, "highlight": False, "soft_wrap": True}  # paths stay as they are
+PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}  # paths stay as they are
 
 
 def train(tree: Tree) -> float | None:
@@ -49,7 +49,7 @@ def train(tree: Tree) -> float | None:
         UserError: anything that the user can mend, before the first step where possible.
     """
     trainer = build_engine_node(Trainer, tree["trainer"], "trainer")
-    schedule = build(Schedule, tree["schedule"], "schedule")  # type: ignore[type-abstract]
+    schedule = build(Schedule, tree["schedule"], "schedule")
     with distributed.joined(trainer.device, trainer.timeout) as world, ExitStack() as held:
         tree = {**tree, "output_dir": distributed.lead(world, lambda: str(tree["output_dir"]))}
         start = distributed.lead(world, lambda: _open(tree, held))
@@ -142,7 +142,7 @@ def _initialise(tree: Tree, model: MultimodalModel, start: Path | None) -> None:
 
 def _cache_features(model: MultimodalModel, trainer: Trainer, folder: Path, world: World) -> None:
     for name, encoder in model.encoders.items() if trainer.cache_features else ():
-        if not cache_features(encoder, folder / "features" / f"{name}_{world.rank}.f32"):
+        if not cache_features(cast(Encoder, encoder), folder / "features" / f"{name}_{world.rank}.f32"):
             raise ConfigError(
                 Problem(
                     f"features change while {name} is trained; freeze it or set this to false", "trainer.cache_features"
@@ -217,7 +217,7 @@ def check(tree: Tree) -> dict[str, Any]:
         ConfigError: everything wrong with the parts, at once.
     """
     trainer = build_engine_node(Trainer, tree["trainer"], "trainer")
-    build(Schedule, tree["schedule"], "schedule")  # type: ignore[type-abstract]
+    build(Schedule, tree["schedule"], "schedule")
     _sources(tree)
     with torch.device("meta"):
         model = build_model(tree)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Override
 
+from mllm_factory import runs
 from mllm_factory.errors import Problem
 from mllm_factory.overrides import origin
 
@@ -36,9 +37,7 @@ def store(checkpoint: str, choices: Iterable[Override], label: str = "") -> Stor
     Raises:
         CheckpointError: there is no usable checkpoint.
     """
-    from mllm_factory import checkpoint as checkpoints
-
-    folder = checkpoints.resolve(checkpoint).absolute()
+    folder = runs.resolve(checkpoint).absolute()
     chosen = list(choices)
     fixed = [override for override in chosen if override.key_or_group not in FREE]
     problems = [
@@ -46,7 +45,7 @@ def store(checkpoint: str, choices: Iterable[Override], label: str = "") -> Stor
         for o in fixed
     ]
     groups = {override.key_or_group for override in chosen} & set(FREE)
-    saved = {key: value for key, value in checkpoints.read_config(folder).items() if key not in groups}
+    saved = {key: value for key, value in runs.read_config(folder).items() if key not in groups}
     name = f"evaluate_${{now:%Y-%m-%d_%H-%M-%S}}{label}"
     node = {
         **_literal(saved),

@@ -42,7 +42,7 @@ class TrainState:
     world: World
     step: int = 0
     batches: list[Batch] = field(default_factory=list)
-    num_labels: Tensor | None = None
+    num_labels: Tensor = field(default_factory=lambda: torch.zeros(()))
 
 
 class Trainer:
@@ -99,7 +99,7 @@ class Trainer:
     ) -> None:
         self.max_steps, self.batch_size, self.accumulate = max_steps, batch_size, accumulate
         self.eval_batch_size, self.weight_decay, self.clip = eval_batch_size, weight_decay, clip
-        self.betas = tuple([0.9, 0.99] if betas is None else betas)
+        self.betas = [0.9, 0.99] if betas is None else betas
         self.precision, self.device, self.strategy, self.timeout = precision, device, strategy, timeout
         self.gradient_checkpointing, self.cache_features = gradient_checkpointing, cache_features
         self.bucket, self.workers = bucket, workers
@@ -125,7 +125,7 @@ class Trainer:
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"{name} must be above 0, got {value}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas are two numbers in [0, 1), got {list(self.betas)}")
+            raise ValueError(f"betas are two numbers in [0, 1), got {self.betas}")
 
     def prepare(self, model: MultimodalModel, world: World) -> tuple[nn.Module, TrainState]:
         """Put a model on its device, wrap it for its processes and make its optimizer.
@@ -139,7 +139,8 @@ class Trainer:
             model.checkpoint_activations()
         wrapped = distributed.wrap(model.train(), world, self.strategy)
         groups = parameter_groups(model, self.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=self.betas, fused=self.strategy == "ddp" or world.size == 1)
+        betas, fused = (self.betas[0], self.betas[1]), self.strategy == "ddp" or world.size == 1
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=fused)
         return wrapped, TrainState(model, optimizer, self.max_steps, world)
 
     def refuse_nothing_to_train(self) -> NoReturn:

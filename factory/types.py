@@ -92,8 +92,8 @@ class Batch:
             object.__setattr__(self, "left_padded", not bool(self.attention_mask[:, :1].all()))
 
     def _each(self, change: Any) -> Self:
-        tensors = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        dicts = {k: {m: change(t) for m, t in getattr(self, k).items()} for k in ("media", "media_row")}
+        tensors: dict[str, Any] = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        dicts: dict[str, Any] = {k: {m: change(t) for m, t in getattr(self, k).items()} for k in ("media", "media_row")}
         return replace(self, **tensors, **dicts)
 
     def to(self, device: Any) -> Self:

@@ -75,8 +75,8 @@ def test_tables_of_the_page_can_be_replaced(harness: Any, monkeypatch: pytest.Mo
     assert "after" in text
     assert "| one, CPU ms | 3.0 (3.0-3.0) | 2.0 (2.0-2.0) | 1.500 (1.500-1.500) | at most 1.3 | no |" in text
     marks = [f"<!-- {name} -->" for name in script.BENCHES] + [f"<!-- /{name} -->" for name in script.BENCHES]
-    page = (ROOT / "docs" / "benchmarks.md").read_text()
-    assert all(page.count(mark) == 1 for mark in marks)
+    docs = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert all(docs.count(mark) == 1 for mark in marks)
 
 
 def test_an_unknown_benchmark_is_refused() -> None:

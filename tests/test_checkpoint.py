@@ -8,7 +8,6 @@ import re
 import resource
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -325,9 +324,9 @@ def test_loading_does_not_need_the_optimizer(trained: Path, tmp_path: Path) -> N
 
 
 @pytest.fixture
-def changed_base(trained: Path) -> Iterator[tuple[Path, Any]]:
+def changed_base(trained: Path) -> tuple[Path, Any]:
     model = build_model(checkpoint.read_config(trained / "checkpoints" / "step_000006"))
-    yield trained / "checkpoints" / "step_000006", model
+    return trained / "checkpoints" / "step_000006", model
 
 
 def test_other_frozen_weights_are_refused(changed_base: tuple[Path, Any]) -> None:

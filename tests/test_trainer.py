@@ -18,7 +18,6 @@ from mllm_factory.distributed import World
 from mllm_factory.errors import ConfigError
 from mllm_factory.interfaces import Schedule
 from mllm_factory.model import MultimodalModel
-from mllm_factory.registry import build
 from mllm_factory.trainer import Trainer, TrainingError, TrainState
 from mllm_factory.types import IGNORE_INDEX, Batch
 

@@ -173,7 +173,11 @@ def their_model(sizes: Sizes, mode: str) -> Any:
     """``LlavaForConditionalGeneration`` with the same sizes and the same frozen parts."""
     from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    marks = {"pad_token_id": sizes.vocabulary - 2, "eos_token_id": sizes.vocabulary - 5, "bos_token_id": None}
+    marks: dict[str, Any] = {
+        "pad_token_id": sizes.vocabulary - 2,
+        "eos_token_id": sizes.vocabulary - 5,
+        "bos_token_id": None,
+    }
     config = LlavaConfig(
         vision_config=clip_config(sizes.vision_dim, sizes.vision_layers, sizes.image, sizes.patch),
         text_config=LlamaConfig(vocab_size=sizes.vocabulary, **llama_sizes(sizes), **marks),

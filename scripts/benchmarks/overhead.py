@@ -91,7 +91,7 @@ def by_hand(ours: MultimodalModel, sizes: dict[str, Any]) -> Plain:
     encoder = ours.encoders["vision"]
     plain = Plain(
         encoder=encoder,
-        features=encoder.dim,  # type: ignore[arg-type]
+        features=encoder.dim,
         vocabulary=len(ours.backbone.tokenizer),
         dim=sizes["hidden_size"],
         hidden=sizes["intermediate_size"],
@@ -160,7 +160,7 @@ def alternate_steps(ours: MultimodalModel, other: Callable[[], Any], batch: Batc
     """Times of our steps and of the other side's, and both sides' losses, step by step. The first two steps warm up."""
     trainer = Trainer(max_steps=runs + 2, device="cpu")
     wrapped, state = trainer.prepare(ours, World(0, 1, torch.device("cpu")))
-    schedule = build(Schedule, {"name": "constant", "lr": LR}, "schedule")  # type: ignore[type-abstract]
+    schedule = build(Schedule, {"name": "constant", "lr": LR}, "schedule")
     clock, ours_times, other_times, losses = Clock(), [], [], []
 
     def on_step(state: TrainState, facts: dict[str, Any]) -> None:
@@ -180,7 +180,8 @@ def alternate_steps(ours: MultimodalModel, other: Callable[[], Any], batch: Batc
 @torch.no_grad()
 def alternate_forwards(ours: Callable[[], Any], other: Callable[[], Any], runs: int) -> tuple[Times, Times]:
     """Times of both sides' forward passes, alternating; the first two warm up."""
-    clock, times = Clock(), ([], [])
+    clock = Clock()
+    times: tuple[Times, Times] = ([], [])
     for i in range(runs + 2):
         for call, into in ((ours, times[0]), (other, times[1])):
             clock.reset()

@@ -37,7 +37,7 @@ def train_ours(turns: Turns, sizes: Any, tokenizer: str, mode: str, seed: int) -
     trainer = Trainer(max_steps=10**9, batch_size=sizes.batch, device="cpu", bucket=16)
     order = Order(len(source), trainer.batch_size, seed, lambda i: collator.length(source[i]), trainer.bucket)
     batches = train_batches(source, collator, order, first=0, world=1, rank=0, workers=0, pin=False)
-    schedule = build(Schedule, {"name": "constant", "lr": LR}, "schedule")  # type: ignore[type-abstract]
+    schedule = build(Schedule, {"name": "constant", "lr": LR}, "schedule")
     turns.begin()
     wrapped, state = trainer.prepare(model, World(0, 1, torch.device("cpu")))
 
@@ -90,7 +90,7 @@ def train_theirs(turns: Turns, sizes: Any, tokenizer: str, mode: str, seed: int)
             seed=seed,
             dataloader_drop_last=True,
         )
-        trainer = Trainer(model, arguments, data_collator=collate, train_dataset=rows, callbacks=[Turning()])  # type: ignore[arg-type]
+        trainer = Trainer(model, arguments, data_collator=collate, train_dataset=rows, callbacks=[Turning()])
         turns.begin()
         trainer.train()
 
@@ -109,7 +109,7 @@ def losses(sizes: Any, tokenizer: Path, mode: str) -> dict[str, float]:
     output = ours.train()(collator(samples))
     mine = output.loss_sum / output.num_labels
     other = theirs.train()(**their_collator(sizes.vocabulary - 2)(rows)).loss
-    found = {}
+    found: dict[str, float] = {}
     for name, model, loss in (("ours", ours, mine), ("other", theirs, other)):
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
@@ -177,10 +177,12 @@ def _measure(result: Result, sizes: Any, tokenizer: str, mode: str, pairs: int, 
         result.rows.append(
             compare(f"{mode} trained", unit, each(ours, name, 1e3 / steps), each(other, name, 1e3 / steps), ">=", mark)
         )
-    rates = [[r["tokens"] / r["seconds"] for r in reports] for reports in times]
-    rows = [[sizes.batch * steps / r["seconds"] for r in reports] for reports in times]
-    result.rows.append(compare(f"{mode} trained", "samples/s", *rows, "<="))
-    result.rows.append(compare(f"{mode} trained", "useful tokens/s", *rates, "<="))
-    result.rows.append(compare(f"{mode} trained", "MB above idle", *peaks, "<=", MEMORY))
+    samples, useful = (
+        [[of(report) / report["seconds"] for report in reports] for reports in times]
+        for of in (lambda report: sizes.batch * steps, lambda report: report["tokens"])
+    )
+    result.rows.append(compare(f"{mode} trained", "samples/s", samples[0], samples[1]))
+    result.rows.append(compare(f"{mode} trained", "useful tokens/s", useful[0], useful[1]))
+    result.rows.append(compare(f"{mode} trained", "MB above idle", peaks[0], peaks[1], "<=", MEMORY))
     share = [sum(r["tokens"] for r in reports) / sum(r["padded"] for r in reports) for reports in times]
     result.facts[f"{mode}: tokens that are not padding"] = {"ours": share[0], "other": share[1]}
