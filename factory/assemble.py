@@ -209,7 +209,4 @@ def length_of(source: Source, collator: Collator) -> Callable[[int], int]:
 
 def build_metrics(tree: Tree) -> dict[str, Metric]:
     """Fresh metrics by label."""
-    return {
-        label: build(Metric, node, f"metrics.{label}")
-        for label, node in (tree.get("metrics") or {}).items()
-    }
+    return {label: build(Metric, node, f"metrics.{label}") for label, node in (tree.get("metrics") or {}).items()}

@@ -18,7 +18,7 @@ from mllm_factory.errors import ConfigError, UserError
 from mllm_factory.interfaces import Backbone
 
 T = TypeVar("T")
-_PEER_LOST = re.compile(r"Connection (closed|reset|refused)|Broken pipe|Timed out|timed out|timeout|NCCL|\bpeer\b")
+_PEER_LOST = re.compile("Connection (closed|reset)|Broken pipe|Timed out waiting|timeout caused pair closure")  # gloo
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def joined(device: str, timeout: float) -> Iterator[World]:
     try:
         yield world
     except RuntimeError as error:
-        if world.size > 1 and _PEER_LOST.search(str(error)):
+        if world.size > 1 and (isinstance(error, dist.DistError) or _PEER_LOST.search(str(error))):
             raise UserError(
                 f"process {world.rank} stopped because another one did; the cause is in that one's output"
                 f" ({next(iter(str(error).splitlines()), '')})"

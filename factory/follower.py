@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,13 +17,20 @@ from mllm_factory.interfaces import Schedule
 from mllm_factory.recorder import Recorder
 from mllm_factory.trainer import Trainer, TrainState
 
+log = logging.getLogger("mllm_factory")
+
 
 def restore(progress: Mapping[str, Any], state: TrainState, schedule: Schedule) -> None:
     """Put optimizer, schedule, step and random generators of this process back."""
     distributed.load_optimizer(state.model, state.optimizer, progress["optimizer"])
     schedule.load_state_dict(progress["schedule"])
     state.step = progress["step"]
-    if state.world.rank < len(progress["random"]):
+    before = len(progress["random"])
+    if before != state.world.size and state.world.leads:
+        log.warning(
+            "%d processes so far, %d now: the order of samples and dropout go on differently", before, state.world.size
+        )
+    if state.world.rank < before:
         randomness.restore(progress["random"][state.world.rank], state.world.device)
 
 

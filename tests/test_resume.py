@@ -22,11 +22,11 @@ DROPOUT = {"name": "lora", "rank": 2, "dropout": 0.3, "targets": "all-linear"}
 
 
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Bucketing, accumulation, dropout in both ways, saving and logging out of step with each other."""
+    """Bucketing, accumulation, dropout in two places, noise of other generators, saving and logging out of step with each other."""
     node = tree(
         folder,
         tuning__backbone=DROPOUT,
-        vision={"name": "toys:NormedPatches"},
+        vision={"name": "toys:NormedPatches", "jitter": 0.1},
         tuning__vision={"name": "full"},
         data__train={"name": "toys:Colours", "n": 40, "text_every": 6},
     )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import time
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -77,6 +80,19 @@ class FailsLate(Colours):
         return super().__getitem__(index)
 
 
+class Stalls(Colours):
+    """Reading sample ``at`` takes longer than anybody waits."""
+
+    def __init__(self, n: int = 32, at: int = 9) -> None:
+        super().__init__(n)
+        self.at = at
+
+    def __getitem__(self, index: int) -> Sample:
+        if index == self.at:
+            time.sleep(600)
+        return super().__getitem__(index)
+
+
 def pixels(picture: Image.Image) -> Tensor:
     """A picture -> [1, 3, 8, 8] in [0, 1]"""
     raw = torch.frombuffer(bytearray(picture.resize((8, 8)).tobytes()), dtype=torch.uint8)
@@ -99,18 +115,21 @@ class Patches(Encoder):
 
 
 class NormedPatches(Encoder):
-    """The same with running statistics."""
+    """The same with running statistics, and brightness that Python's and numpy's generators change while it learns."""
 
     modality = "vision"
 
-    def __init__(self, dim: int = 6) -> None:
+    def __init__(self, dim: int = 6, jitter: float = 0.0) -> None:
         super().__init__()
+        self.jitter = jitter
         self.dim, self.num_tokens, self.transform = dim, 4, pixels
         self.conv, self.norm = nn.Conv2d(3, dim, 4, 4), nn.BatchNorm2d(dim)
         self.out = nn.Linear(dim, dim)
 
     def forward(self, items: Tensor) -> Tensor:
         """[n, 3, 8, 8] -> [n, 4, dim]"""
+        if self.training and self.jitter:
+            items = items + self.jitter * (random.random() + np.random.rand())
         return self.out(self.norm(self.conv(items)).flatten(2).transpose(1, 2))
 
 
