@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mllm_factory.errors import Problem, hint
-from mllm_factory.registry import MISSING, validate, validate_options
-from mllm_factory.schema import Param, Schema, of_source
+from mllm_factory.registry import validate, validate_options
+from mllm_factory.schema import MISSING, Param, Schema, of_source
 
 PARTS = ("vision", "audio", "projector", "audio_projector", "backbone")
 """The parts of a model, as ``tuning`` names them."""

@@ -7,7 +7,6 @@ rules; an override that does not fit becomes a problem and is left out, so that 
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -32,18 +31,19 @@ from mllm_factory.origins import Origins
 from mllm_factory.overrides import (
     apply,
     as_hydra_takes,
+    explain,
     is_choice,
+    named_in,
     origin,
     parse,
     quoted,
     refuse_sweeps,
     unknown_choice,
 )
-from mllm_factory.registry import MISSING
+from mllm_factory.schema import MISSING
 
 VERSION_BASE = "1.3"
 MODALITIES = ("vision", "audio")
-_NOT_FOUND = re.compile(r"(?:In '([^']+)': )?Could not (?:find|load) '(?:([^']+)/)?([^'/]+)'")
 
 
 @dataclass
@@ -53,7 +53,6 @@ class Composed:
     Attributes:
         tree: plain resolved values without the ``hydra`` node; a missing value is ``"???"``; None where nothing composes.
         problems: what was wrong with files and overrides.
-        overrides: the overrides as Hydra takes them (``vision=null`` is ``~vision`` there).
         hydra: the ``hydra`` node; None where nothing composes.
         origins: where keys were set.
         spoilt: keys that a faulty override was meant for.
@@ -61,7 +60,6 @@ class Composed:
 
     tree: dict[str, Any] | None
     problems: list[Problem]
-    overrides: list[str]
     hydra: DictConfig | None
     origins: Origins
     spoilt: set[str] = field(default_factory=set)
@@ -135,9 +133,8 @@ class Composer:
         problems += [*missing, *base.problems]
         spoilt = {*base.spoilt, *(problem.key for problem in problems if problem.key)}
         origins = Origins(self.name, base.lines, values, base.roots, base.loader, self.stored)
-        handed = self.handed(parsed)
         if base.tree is None:
-            return Composed(None, problems, handed, None, origins, spoilt)
+            return Composed(None, problems, None, origins, spoilt)
         tree = copy.deepcopy(base.tree) if self.keep else base.tree
         for override in values:
             found = [p for p in apply(tree, override) if not any(_related(p.key, key) for key in base.spoilt)]
@@ -146,10 +143,10 @@ class Composer:
         values_only, unresolved = _resolve(tree)
         problems += [Problem(p.message, p.key, origins.of(p.key)) for p in unresolved]
         spoilt |= {problem.key for problem in unresolved}
-        return Composed(values_only, problems, handed, tree.hydra, origins, spoilt)
+        return Composed(values_only, problems, tree.hydra, origins, spoilt)
 
     def handed(self, parsed: Sequence[Override]) -> list[str]:
-        """Overrides as Hydra takes them, sweeps included."""
+        """Overrides as Hydra takes them (``vision=null`` is ``~vision`` there), sweeps included."""
         roots, _, _ = self.roots(parsed)
         return [line for override in parsed if (line := as_hydra_takes(override, roots)) is not None]
 
@@ -185,7 +182,9 @@ class Composer:
             for override in choices
             if override.key_or_group not in {*wrong, "hydra.searchpath"} and (line := as_hydra_takes(override, roots))
         }
-        if not roots or (self.name not in self.stored and presets.locate(self.name, roots) is None):
+        if presets.folder(self.place) is None or (
+            self.name not in self.stored and not presets.locate(self.name, roots)
+        ):
             return Base(None, problems, spoilt, list(usable), roots, None)
         extra = [f"hydra.searchpath=[{','.join(map(quoted, search))}]"] if search else []
         with self._hydra(roots[0]), presets.fast_yaml():
@@ -195,8 +194,8 @@ class Composer:
                     tree = hydra_compose(self.name, [*extra, *usable], return_hydra_config=True)
                     break
                 except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-                    culprit = _culprit(error, usable)
-                    problems += _explain(error, usable.get(culprit or ""), roots)
+                    culprit = named_in(error, usable)
+                    problems += explain(error, usable.get(culprit or ""), roots)
                 if culprit is None:
                     return Base(None, problems, spoilt, [*extra, *usable], roots, loader)
                 spoilt.add(usable.pop(culprit).key_or_group)
@@ -209,41 +208,13 @@ class Composer:
 
     def _check_files(self, roots: list[Path]) -> list[Problem]:
         problems = presets.duplicates(roots[1:] if self.own_primary else roots)
-        if roots and self.name not in self.stored and presets.locate(self.name, roots[:1]) is None:
+        if presets.folder(self.place) and self.name not in self.stored and presets.locate(self.name, roots) is None:
             known = [file.stem for file in roots[0].glob("*.yaml")]
             where = presets.shown(roots[0])
             problems.append(
                 Problem(f"{where} has no config '{self.name}'{hint(self.name, known)}", origin="--config-name")
             )
         return problems
-
-
-# ---------------------------------------------------------------- what Hydra says
-
-
-def _culprit(error: Exception, usable: Mapping[str, Override]) -> str | None:
-    """The override that an error names."""
-    for line, override in usable.items():
-        if f"'{override.key_or_group}'" in str(error) or line in str(error):
-            return line
-    return None
-
-
-def _explain(error: Exception, culprit: Override | None, roots: Sequence[Path]) -> list[Problem]:
-    """Hydra's error as problems of one line each."""
-    broken = presets.broken(roots) if culprit is None else []
-    if broken:
-        return broken
-    missing = _NOT_FOUND.search(str(error))
-    if missing:
-        by, group, name = missing.groups()
-        file = presets.locate(by, roots) if by else None
-        where = presets.chooser(group or "", name, roots) or (presets.shown(file) if file else "")
-        message = f"no {group or 'config'} preset is named '{name}'{hint(name, presets.names(group or '', roots))}"
-        return [Problem(message, group or "", where)]
-    reasons = [str(e).strip().splitlines()[0] for e in (error, error.__cause__) if e is not None and str(e).strip()]
-    place = (culprit.key_or_group, origin(culprit)) if culprit else ("", "")
-    return [Problem("; ".join(reasons) or type(error).__name__, *place)]
 
 
 # ---------------------------------------------------------------- plain values

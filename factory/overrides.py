@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -16,6 +17,8 @@ from mllm_factory import presets
 from mllm_factory.checks import ROOT_KEYS, engine_schema
 from mllm_factory.errors import Problem, hint
 from mllm_factory.registry import find, index
+
+_NOT_FOUND = re.compile(r"(?:In '([^']+)': )?Could not (?:find|load) '(?:([^']+)/)?([^'/]+)'")
 
 
 def parse(texts: Iterable[str]) -> tuple[list[Override], list[Problem]]:
@@ -138,7 +141,7 @@ def _unknown(tree: DictConfig, key: str, line: str) -> str:
             return ""  # an index; OmegaConf knows whether it fits
         if not isinstance(node, DictConfig):
             return f"{'.'.join(done)} is {node}, so it has no '{part}'; set {'.'.join(done)} first"
-        if part not in node:
+        if part not in list(node):  # "in" would overlook a value that is still missing
             break
         done.append(part)
     else:
@@ -158,6 +161,34 @@ def _may_have(node: DictConfig, path: list[str], option: str) -> bool:
     name = node.get("name")
     kinds = [kind for kind, known in index().items() if name in known]
     return not kinds or any(option in find(kind, str(name)).params for kind in kinds)
+
+
+# ---------------------------------------------------------------- what Hydra says
+
+
+def named_in(error: Exception, usable: Mapping[str, Override]) -> str | None:
+    """The override that an error names."""
+    for line, override in usable.items():
+        if f"'{override.key_or_group}'" in str(error) or line in str(error):
+            return line
+    return None
+
+
+def explain(error: Exception, culprit: Override | None, roots: Sequence[Path]) -> list[Problem]:
+    """Hydra's error as problems of one line each."""
+    broken = presets.broken(roots) if culprit is None else []
+    if broken:
+        return broken
+    missing = _NOT_FOUND.search(str(error))
+    if missing:
+        by, group, name = missing.groups()
+        file = presets.locate(by, roots) if by else None
+        where = presets.chooser(group or "", name, roots) or (presets.shown(file) if file else "")
+        message = f"no {group or 'config'} preset is named '{name}'{hint(name, presets.names(group or '', roots))}"
+        return [Problem(message, group or "", where)]
+    reasons = [str(e).strip().splitlines()[0] for e in (error, error.__cause__) if e is not None and str(e).strip()]
+    place = (culprit.key_or_group, origin(culprit)) if culprit else ("", "")
+    return [Problem("; ".join(reasons) or type(error).__name__, *place)]
 
 
 # ---------------------------------------------------------------- sweeps

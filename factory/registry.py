@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 from mllm_factory.errors import ConfigError, Problem, UserError, hint
 from mllm_factory.packs import Place, packs, path_schema, scan, source_schema
 from mllm_factory.packs import load_packs as load_packs
-from mllm_factory.schema import GIVEN, KIND_NAMES, Misfit, Schema, child_kind, classes_in, coerce, of_class, of_source
+from mllm_factory.schema import GIVEN, KIND_NAMES, MISSING, Misfit, Schema, child_kind, classes_in, coerce, missing
+from mllm_factory.schema import schema_of as schema_of
 
 T = TypeVar("T")
-MISSING = "???"
 _classes: dict[str, dict[str, type]] = {kind: {} for kind in KIND_NAMES}
 
 
@@ -31,8 +31,11 @@ def register(name: str) -> Callable[[type[T]], type[T]]:
 
     Raises:
         TypeError: the class is of no kind, or of two.
-        ValueError: another class has that name.
+        ValueError: another class has that name, or the name is none.
     """
+
+    if not name or ":" in name:
+        raise ValueError(f"'{name}' cannot be a name: it needs a letter, and a colon means a path")
 
     def decorate(cls: type[T]) -> type[T]:
         kind = kind_of(cls)
@@ -141,13 +144,6 @@ def _child(cls: type, option: str, value: Any, key: str) -> Any:
     return {name: build(kind, node, f"{key}.{name}") for name, node in value.items()}
 
 
-def schema_of(cls: type) -> Schema:
-    """The schema of a live class: from its source where that shows it, else from its signature."""
-    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
-    found = of_source(file, cls.__module__, cls.__qualname__) if file and file.endswith(".py") else None
-    return found if found is not None and "__init__" in vars(cls) else of_class(cls)
-
-
 # ---------------------------------------------------------------- asleep: source only, torch stays out
 
 
@@ -202,13 +198,11 @@ def find(kind: str, name: str) -> Schema:
         belongs = f" ('{name}' is a {elsewhere})" if elsewhere else ""
         path = f"; a class of yours is written {':'.join(name.rsplit('.', 1))}" if "." in name else ""
         raise ConfigError(f"no {kind} is named '{name}'{belongs}{path}{hint(name, table)}")
-    return source_schema(table[name]) or _find_alive(kind, name)
-
-
-def _find_alive(kind: str, name: str) -> Schema:
-    from mllm_factory.interfaces import KINDS
-
-    return schema_of(resolve(KINDS[kind], name))
+    found = source_schema(table[name])
+    if found is None:
+        load_packs()
+        found = schema_of(_classes[kind][name])
+    return found
 
 
 # ---------------------------------------------------------------- checks
@@ -273,8 +267,8 @@ def validate_options(
             problems.append(Problem(f"'{name}' of {label} follows from the other parts; remove it", place))
         elif name not in open_params:
             problems.append(Problem(f"{label} has no option '{name}'{hint(str(name), open_params)}", place))
-        elif found := list(_missing(value, place)):
-            problems += found
+        elif holes := list(missing(value, place)):
+            problems += [Problem("needs a value", hole) for hole in holes]
         else:
             values[name], found = _check_value(open_params[name].annotation, value, place, registered_only)
             problems += found
@@ -282,15 +276,6 @@ def validate_options(
         if param.required and name not in options:
             problems.append(Problem(f"{label} needs a value for '{name}'", f"{key}.{name}" if key else name))
     return values, problems
-
-
-def _missing(value: Any, key: str) -> Iterable[Problem]:
-    if value == MISSING:
-        yield Problem("needs a value", key)
-    elif isinstance(value, Mapping | list):
-        items: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, Mapping) else enumerate(value)
-        for name, item in items:
-            yield from _missing(item, f"{key}.{name}")
 
 
 def _check_value(annotation: str, value: Any, key: str, registered_only: bool) -> tuple[Any, list[Problem]]:

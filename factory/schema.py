@@ -9,7 +9,8 @@ from __future__ import annotations
 import ast
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,9 @@ from typing import Any
 
 GIVEN: dict[str, tuple[str, ...]] = {"Projector": ("in_dim", "out_dim", "in_tokens")}
 """Per kind, the constructor arguments that the engine gives; they follow from other parts and are refused in YAML."""
+
+MISSING = "???"
+"""What stands in a tree for a value that the user must give."""
 
 KIND_NAMES = ("Encoder", "Projector", "Backbone", "Tuning", "Schedule", "Metric", "Source")
 
@@ -127,6 +131,13 @@ def of_class(cls: type) -> Schema:
     return Schema(cls.__qualname__, cls.__module__, bases, params, inspect.getdoc(cls) or "", unsupported=unsupported)
 
 
+def schema_of(cls: type) -> Schema:
+    """The schema of a live class: from its source where that shows it, else from its signature."""
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    found = of_source(file, cls.__module__, cls.__qualname__) if file and file.endswith(".py") else None
+    return found if found is not None and "__init__" in vars(cls) else of_class(cls)
+
+
 def child_kind(annotation: str) -> tuple[str, str] | None:
     """``("one" | "list" | "dict", kind)`` where an option takes components (``Metric``, ``list[Encoder]``), else None."""
     for part in annotation.replace("'", "").split("|"):
@@ -135,6 +146,16 @@ def child_kind(annotation: str) -> tuple[str, str] | None:
         if kind in KIND_NAMES and head in ("", "list", "dict"):
             return (head or "one", kind)
     return None
+
+
+def missing(value: Any, key: str) -> Iterator[str]:
+    """The dotted keys of missing values in a value, at any depth."""
+    if value == MISSING:
+        yield key
+    elif isinstance(value, Mapping | list):
+        items: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for name, item in items:
+            yield from missing(item, f"{key}.{name}")
 
 
 class Misfit(ValueError):
