@@ -88,8 +88,8 @@ def of_checkpoint(folder: str, flags: argparse.Namespace, label: str = "") -> tu
     roots = [root for place in (presets.BUILT_IN, *_dirs(flags)) if (root := presets.folder(place)) is not None]
     chosen = [override for override in parsed if is_choice(override, roots) and not override.is_hydra_override()]
     found = store(folder, chosen, label)
-    refused = {problem.key for problem in found.problems}  # said once; Hydra need not see them
-    flags.overrides = [t for t in flags.overrides if not refused & {o.key_or_group for o in parse([t])[0]}]
+    fixed = {problem.origin for problem in found.problems}
+    flags.overrides = [text for text in flags.overrides if origin(text) not in fixed]
     trusts = [override.value() for override in parsed if override.key_or_group == "trust_components"]
     composer = Composer(PRIMARY, _dirs(flags), stored={PRIMARY: found.folder / "config.yaml"}, keep=flags.multirun)
     return composer, found.problems, bool(trusts) and trusts[-1] is True
