@@ -54,7 +54,7 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None where all files are as they were written."""
     try:
         facts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        for name in {*_NEEDED, *facts}:
+        for name in sorted({*_NEEDED, *facts}):
             if (folder / name).stat().st_size != facts[name]["bytes"] or _sha256(folder / name) != facts[name][
                 "sha256"
             ]:

@@ -87,6 +87,27 @@ def test_an_unknown_benchmark_is_refused() -> None:
     assert "invalid choice: 'stepp'" in done.stderr
 
 
+def take_memory(turns: Any, megabytes: int) -> None:
+    turns.begin()
+    while True:
+        taken = bytearray(b"x") * (megabytes * 10**6)
+        del taken
+        turns.step(rounds=1)
+
+
+def test_memory_is_that_of_the_side_alone(harness: Any) -> None:
+    from benchmarks.sides import Side
+
+    ballast = bytearray(b"y") * (400 * 10**6)  # must not count in the child
+    del ballast
+    side = Side(take_memory, 100)
+    found = side.turn(3)
+    side.close()
+    assert found["rounds"] == 3
+    assert found["extra"] == pytest.approx(100e6, rel=0.1)
+    assert side.process.exitcode == 0
+
+
 @pytest.mark.slow
 def test_overhead_has_equal_losses() -> None:
     found = bench("overhead")

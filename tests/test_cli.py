@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -12,13 +13,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from mllm_factory import cli, names, presets
+from mllm_factory import cli, names, presets, runs
 from mllm_factory.errors import ConfigError, Problem, UserError
 from mllm_factory.interfaces import KINDS
+from mllm_factory.launch import of_checkpoint
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 CONF = Path(__file__).parent.parent / "conf"
@@ -262,6 +265,94 @@ def test_what_only_building_shows_has_an_origin_too(run_cli: Run) -> None:
     assert all(error["key"] and error["origin"] for error in shown["errors"])
 
 
+# ---------------------------------------------------------------- a checkpoint's config
+
+
+@pytest.fixture
+def saved(tmp_path: Path, tree: Callable[..., dict[str, Any]]) -> Callable[..., str]:
+    """``saved(metrics={})``: the folder of a checkpoint whose config is the smoke tree with changes; it has no weights."""
+
+    def write(**changes: Any) -> str:
+        folder = tmp_path / "checkpoints" / "step_000001"
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump({**tree(), **changes}))
+        for name in ("model.safetensors", "trainer.pt", "README.md"):
+            (folder / name).write_bytes(b"")
+        (folder / "manifest.json").write_text(json.dumps(runs.manifest(folder)))
+        return str(folder)
+
+    return write
+
+
+def of(folder: str, *overrides: str) -> tuple[dict[str, Any], list[str]]:
+    """The tree of ``evaluate checkpoint=folder`` and its problems."""
+    flags = argparse.Namespace(
+        overrides=list(overrides), config_name=None, config_path=None, config_dir=None, multirun=False
+    )
+    composer, problems, trusted = of_checkpoint(folder, flags)
+    composed = composer.compose(flags.overrides)
+    return composed.tree or {}, [str(p) for p in [*problems, *composed.check(not trusted, evaluate=True)]]
+
+
+def test_a_checkpoints_config_is_the_tree(saved: Callable[..., str], tree: Callable[..., dict[str, Any]]) -> None:
+    folder, before = saved(seed=5), tree()
+    now, problems = of(folder, "data.eval.limit=3", "trainer.eval_batch_size=2")
+    assert problems == []
+    assert (now["seed"], now["data"]["eval"]["limit"], now["trainer"]["eval_batch_size"]) == (5, 3, 2)
+    assert (now["checkpoint"], now["resume"], now["init_from"]) == (folder, None, None)
+    assert now["output_dir"].startswith("outputs/smoke/evaluate_20")
+    same = ("vision", "audio", "projector", "backbone", "tuning", "schedule", "metrics")
+    assert {key: now[key] for key in same} == {key: before[key] for key in same}
+
+
+def test_data_metrics_and_trainer_can_be_chosen_anew(saved: Callable[..., str]) -> None:
+    now, problems = of(saved(), "data=llava_json", "data.eval.path=x.json", "metrics=[answer_loss]", "trainer=default")
+    assert problems == [], "the path of data.train does not matter"
+    assert (now["data"]["eval"]["name"], list(now["metrics"])) == ("llava_json", ["answer_loss"])
+    assert now["trainer"]["max_steps"] == 1000
+
+
+def test_a_checkpoint_fixes_the_architecture(saved: Callable[..., str]) -> None:
+    _, problems = of(
+        saved(), "backbone=hf", "experiment=smoke", "vision=null", "projector.dpth=1", "seed=x", "tuning=lora"
+    )
+    assert [line.partition(":")[0] for line in problems] == [
+        *("backbone", "experiment", "vision", "tuning", "projector.dpth", "seed")
+    ]
+    assert all("the checkpoint fixes this" in line for line in problems[:4])
+
+
+def test_a_faulty_config_of_a_checkpoint_is_named_with_its_line(saved: Callable[..., str]) -> None:
+    folder = saved(projector={"name": "mlp", "depht": 2})
+    (problem,) = of(folder)[1]
+    line = (Path(folder) / "config.yaml").read_text().splitlines().index("  depht: 2") + 1
+    assert problem.startswith("projector.depht: mlp has no option 'depht'; did you mean 'depth'?")
+    assert problem.endswith(f"config.yaml:{line})")
+
+
+def test_a_checkpoint_cannot_trust_itself(saved: Callable[..., str], tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "evil.py").write_text("open('touched', 'w')\n")
+    metric = {"name": "ablation", "score": {"name": "evil:Metric"}}
+    folder = saved(trust_components=True, projector={"name": "evil:Projector"}, metrics={"a": metric})
+    for verb in ("evaluate", "check"):
+        assert cli.main([verb, f"checkpoint={folder}"]) == 2
+        shown = capsys.readouterr().err.splitlines()
+        assert [line.split(": ")[1] for line in shown] == ["projector.name", "metrics.a.score.name"]
+        assert all("is a class outside the registry; add trust_components=true to allow" in line for line in shown)
+    assert not (tmp_path / "touched").exists()
+    assert cli.main(["check", f"checkpoint={folder}", "trust_components=true"]) == 2
+    assert "module 'evil' has no class" in capsys.readouterr().err
+    assert (tmp_path / "touched").exists(), "trusted, so it was imported"
+
+
+@pytest.mark.parametrize("text", ["${oc.env:HOME}", "a\\${name}", "\\\\${x} ${", "${now:%Y}"])
+def test_text_of_a_checkpoint_stays_text(saved: Callable[..., str], text: str) -> None:
+    now, _ = of(saved(init_from=text, backbone={"name": "hf", "architecture": text}))
+    assert now["backbone"]["architecture"] == text
+
+
 # ---------------------------------------------------------------- Hydra's own flags
 
 
@@ -378,35 +469,6 @@ def test_evaluate_a_checkpoint_with_other_metrics_and_data(trained: Path, run_cl
     assert shown["samples"] == 3
     assert "exact_match" in shown
     assert "answer_loss" not in shown
-
-
-@pytest.mark.slow
-def test_a_checkpoint_fixes_the_architecture(trained: Path, run_cli: Run) -> None:
-    done = run_cli("evaluate", f"checkpoint={trained}", "backbone=hf", "experiment=smoke", "projector.dpth=1", "seed=x")
-    found = errors(done)
-    assert [line.partition(":")[0] for line in found] == ["backbone", "experiment", "projector.dpth", "seed"]
-    assert "the checkpoint fixes this" in found[0]
-
-
-@pytest.mark.slow
-def test_a_checkpoint_cannot_trust_itself(trained: Path, run_cli: Run, tmp_path: Path) -> None:
-    copy = tmp_path / "run"
-    shutil.copytree(trained, copy)
-    file = next(copy.glob("checkpoints/step_*")) / "config.yaml"
-    saved = yaml.safe_load(file.read_text())
-    saved["trust_components"] = True
-    saved["metrics"] = {"x": {"name": "evil:Metric"}}
-    saved["name"] = "${oc.env:HOME}"
-    file.write_text(yaml.safe_dump(saved))
-    (tmp_path / "evil.py").write_text("open('touched', 'w')\n")
-    done = run_cli("check", f"checkpoint={file.parent}", "--json")
-    if "damaged" in done.stdout:  # a changed config fails the checkpoint's own sums first
-        manifest = file.parent / "manifest.json"
-        manifest.unlink(missing_ok=True)
-    shown = json.loads(done.stdout)
-    assert done.returncode == 2
-    assert shown["ok"] is False
-    assert not (tmp_path / "touched").exists()
 
 
 @pytest.mark.slow

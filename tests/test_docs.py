@@ -111,7 +111,7 @@ def run(block: Block, folder: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=900,
+        timeout=1800,
     )
     where = f"{block.page}:{block.line}\n{block.text}\n--- output\n{done.stdout}"
     assert done.returncode == block.code, f"exit code {done.returncode}, expected {block.code}: {where}"

@@ -23,7 +23,7 @@ def call(folder: Path, *arguments: str, site: Path | None = None) -> subprocess.
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "250"}
     env["PYTHONPATH"] = str(site) if site else ""
     return subprocess.run(
-        [COMMAND, *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=900, check=False
+        [COMMAND, *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=1800, check=False
     )
 
 

@@ -181,13 +181,13 @@ def test_two_runs_do_not_share_a_folder(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=rf"another process is running in {folder}; wait for it"):
         run.train(settings(folder, resume="auto"))
     process.kill()
-    process.join()
+    time.sleep(0.5)  # dead, while its loader's worker lives on for some seconds
     with pytest.raises(
         ConfigError, match="output_dir: .* holds the checkpoints of a run; continue it with resume=auto"
     ):
         run.train(settings(folder))
     steps = max(runs.steps(folder))
-    run.train(settings(folder, resume="auto", trainer__max_steps=steps))  # at once, though workers may linger
+    run.train(settings(folder, resume="auto", trainer__max_steps=steps))
 
 
 def test_lines_that_a_crash_cut_off_are_written_again(whole: Path, tmp_path: Path) -> None:

@@ -100,10 +100,13 @@ def _resident() -> int:
 
 
 def _peak() -> int:
-    """The most bytes of memory this process held since ``_reset_peak``."""
-    with suppress(OSError):  # Linux; ru_maxrss would start from what the parent process held
+    """The most bytes of memory this process held since ``_reset_peak``.
+
+    Where Linux tells of the process alone, that is taken: the usual counter starts at the peak of the process's parent.
+    """
+    with suppress(OSError):
         lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
