@@ -92,13 +92,14 @@ def _train(tree: Tree, trainer: Trainer, schedule: Schedule, world: World, start
     progress = read_progress(start) if start is not None else {}
     if progress:
         restore(progress, state, schedule)
-    batches = _batches(tree, sources["train"], collator, trainer, state)
     if world.leads:
         files.write(folder / "config.yaml", yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True))
     judge = partial(_judge, tree, model, sources.get("eval"), collator, trainer, world)
     with Recorder(folder, trainer.max_steps, state.step, trainer.tensorboard, world.leads) as lines:
         follower = Follower(trainer, schedule, writer, lines, judge, progress.get("counts", {}))
+        batches = _batches(tree, sources["train"], collator, trainer, state)
         trainer.fit(wrapped, state, schedule, batches, follower)
+        del batches  # ends the loader's processes
     results = judge(None)
     values = {**results, **follower.summary(state)}
     if world.leads:

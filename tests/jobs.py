@@ -32,6 +32,9 @@ def _child(job: Callable[..., None], given: tuple[Any, ...], log: str, env: dict
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1), os.dup2(file, 2)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # as in a process started by hand; loader workers then end with it
     job(*given)
 
 

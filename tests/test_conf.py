@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -146,3 +150,24 @@ def test_the_distribution_has_every_folder_and_every_preset_file() -> None:
 def test_no_config_calls_code() -> None:
     for file in CONF.rglob("*.yaml"):
         assert "_target_" not in file.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_every_module_and_preset(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for name in ("factory", "components", "conf"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--wheel-dir", str(tmp_path), str(source)], check=True, capture_output=True, timeout=300)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        inside = {name for name in archive.namelist() if ".dist-info/" not in name}
+    wanted = {
+        "mllm_factory/" + str(file.relative_to(ROOT)).removeprefix("factory/")
+        for top in ("factory", "components", "conf")
+        for file in (ROOT / top).rglob("*")
+        if file.suffix in (".py", ".yaml", ".typed")
+    }
+    assert inside == wanted | {"mllm_factory/py.typed"}

@@ -36,6 +36,12 @@ TORCH_FREE = [
     "catalog",
     "flags",
     "launch",
+    "origins",
+    "overrides",
+    "stored",
+    "doctor",
+    "completion",
+    "runs",
 ]
 HEAVY = {"open_clip", "peft", "timm", "torchaudio", "transformers", "easy_vqa", "gguf", "torchvision"}
 
