@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir, initialize_config_module
-from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
@@ -27,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mllm_factory import presets
 from mllm_factory.checks import check_tree as check_tree
 from mllm_factory.errors import Problem, hint
+from mllm_factory.merge import Listing, Source, listing, merge
 from mllm_factory.origins import Origins
 from mllm_factory.overrides import (
     apply,
@@ -53,14 +53,16 @@ class Composed:
     Attributes:
         tree: plain resolved values without the ``hydra`` node; a missing value is ``"???"``; None where nothing composes.
         problems: what was wrong with files and overrides.
-        hydra: the ``hydra`` node; None where nothing composes.
+        choices: group -> chosen preset, Hydra's own groups included.
+        sweep: values that the config itself sweeps over (``hydra.sweeper.params``).
         origins: where keys were set.
         spoilt: keys that a faulty override was meant for.
     """
 
     tree: dict[str, Any] | None
     problems: list[Problem]
-    hydra: DictConfig | None
+    choices: Mapping[str, Any]
+    sweep: Mapping[str, Any]
     origins: Origins
     spoilt: set[str] = field(default_factory=set)
 
@@ -94,14 +96,14 @@ def compose(
 
 
 class Base(NamedTuple):
-    """The tree of a choice of groups before value overrides, and how Hydra found it."""
+    """The tree of a choice of groups before value overrides; ``quick`` if it lacks what Hydra itself puts in."""
 
     tree: DictConfig | None
     problems: list[Problem]
     spoilt: set[str]
-    lines: list[str]
-    roots: list[Path]
-    loader: ConfigLoader | None
+    sources: list[Source]
+    choices: Mapping[str, Any]
+    quick: bool
 
 
 class Composer:
@@ -126,24 +128,34 @@ class Composer:
         parsed, problems = parse(overrides)
         problems += refuse_sweeps(parsed)
         parsed = [override for override in parsed if not override.is_sweep_override()]
+        of_hydra = [o for o in parsed if o.key_or_group.startswith("hydra.") and o.key_or_group != "hydra.searchpath"]
+        return self._compose(parsed, problems, quick=not of_hydra)
+
+    def _compose(self, parsed: Sequence[Override], unread: Sequence[Problem], quick: bool) -> Composed:
         roots, search, missing = self.roots(parsed)
         choices = [override for override in parsed if is_choice(override, roots)]
         values = [override for override in parsed if override not in choices]
-        base = self._base(choices, roots, search)
-        problems += [*missing, *base.problems]
+        base = self._base(choices, roots, search, quick)
+        problems = [*unread, *missing, *base.problems]
         spoilt = {*base.spoilt, *(problem.key for problem in problems if problem.key)}
-        origins = Origins(self.name, base.lines, values, base.roots, base.loader, self.stored)
+        origins = Origins(base.sources, values)
         if base.tree is None:
-            return Composed(None, problems, None, origins, spoilt)
+            return Composed(None, problems, base.choices, {}, origins, spoilt)
         tree = copy.deepcopy(base.tree) if self.keep else base.tree
         for override in values:
             found = [p for p in apply(tree, override) if not any(_related(p.key, key) for key in base.spoilt)]
             problems += found
             spoilt |= {problem.key for problem in found}
-        values_only, unresolved = _resolve(tree)
-        problems += [Problem(p.message, p.key, origins.of(p.key)) for p in unresolved]
-        spoilt |= {problem.key for problem in unresolved}
-        return Composed(values_only, problems, tree.hydra, origins, spoilt)
+        try:
+            resolved = plain(tree, base.choices)
+        except OmegaConfBaseException:
+            if base.quick:  # the hydra node might be what an interpolation needs
+                return self._compose(parsed, unread, quick=False)
+            resolved, unresolved = _resolve_in_a_job(tree, base.choices)
+            problems += [Problem(p.message, p.key, origins.of(p.key)) for p in unresolved]
+            spoilt |= {problem.key for problem in unresolved}
+        sweep = OmegaConf.select(tree, "hydra.sweeper.params") or {}
+        return Composed(resolved, problems, base.choices, sweep, origins, spoilt)
 
     def handed(self, parsed: Sequence[Override]) -> list[str]:
         """Overrides as Hydra takes them (``vision=null`` is ``~vision`` there), sweeps included."""
@@ -164,15 +176,13 @@ class Composer:
         search = [place if "://" in place else f"file://{path}" for place, path, _ in found[1:] if path is not None]
         return list(dict.fromkeys(path for _, path, _ in found if path is not None)), search, problems
 
-    def _base(self, choices: Sequence[Override], roots: list[Path], search: list[str]) -> Base:
-        key = (*search, *(str(override.input_line) for override in choices))
-        if not self.keep:
-            return self._compose_groups(choices, roots, search)
-        if key not in self._bases:
-            self._bases[key] = self._compose_groups(choices, roots, search)
+    def _base(self, choices: Sequence[Override], roots: list[Path], search: list[str], quick: bool) -> Base:
+        key = (str(quick), *search, *(str(override.input_line) for override in choices))
+        if key not in self._bases or not self.keep:
+            self._bases[key] = self._compose_groups(choices, roots, search, quick)
         return self._bases[key]
 
-    def _compose_groups(self, choices: Sequence[Override], roots: list[Path], search: list[str]) -> Base:
+    def _compose_groups(self, choices: Sequence[Override], roots: list[Path], search: list[str], quick: bool) -> Base:
         problems = self._check_files(roots)
         wrong = {override.key_or_group: p for override in choices if (p := unknown_choice(override, roots)) is not None}
         problems += wrong.values()
@@ -182,24 +192,25 @@ class Composer:
             for override in choices
             if override.key_or_group not in {*wrong, "hydra.searchpath"} and (line := as_hydra_takes(override, roots))
         }
-        if presets.folder(self.place) is None or (
-            self.name not in self.stored and not presets.locate(self.name, roots)
-        ):
-            return Base(None, problems, spoilt, list(usable), roots, None)
+        found = Listing([], False, {})
+        if presets.folder(self.place) is None or not (self.name in self.stored or presets.locate(self.name, roots)):
+            return Base(None, problems, spoilt, [], {}, quick)
         extra = [f"hydra.searchpath=[{','.join(map(quoted, search))}]"] if search else []
         with self._hydra(roots[0]), presets.fast_yaml():
             loader = GlobalHydra.instance().config_loader()
             while True:
+                lines = [*extra, *usable]
                 try:
-                    tree = hydra_compose(self.name, [*extra, *usable], return_hydra_config=True)
-                    break
+                    found = listing(loader, self.name, lines, roots, self.stored)
+                    quick = quick and found.complete
+                    tree = merge(found.sources) if quick else hydra_compose(self.name, lines, return_hydra_config=True)
+                    return Base(tree, problems, spoilt, found.sources, found.choices, quick)
                 except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
                     culprit = named_in(error, usable)
                     problems += explain(error, usable.get(culprit or ""), roots)
                 if culprit is None:
-                    return Base(None, problems, spoilt, [*extra, *usable], roots, loader)
+                    return Base(None, problems, spoilt, found.sources, found.choices, quick)
                 spoilt.add(usable.pop(culprit).key_or_group)
-        return Base(tree, problems, spoilt, [*extra, *usable], roots, loader)
 
     def _hydra(self, root: Path) -> AbstractContextManager[None]:
         if self.place.startswith("pkg://"):
@@ -245,12 +256,8 @@ def _plain(tree: DictConfig, key: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True, throw_on_missing=False) if OmegaConf.is_config(value) else value
 
 
-def _resolve(tree: DictConfig) -> tuple[dict[str, Any], list[Problem]]:
-    choices = tree.hydra.runtime.choices
-    try:
-        return plain(tree, choices), []
-    except OmegaConfBaseException:
-        pass
+def _resolve_in_a_job(tree: DictConfig, choices: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """Plain values as a job has them, null where an interpolation leads nowhere, and the problems of those."""
     with open_dict(tree.hydra):  # known only when a job runs; interpolations such as ${hydra:job.num} get a stand-in
         for key, value in (("runtime.output_dir", "output_dir"), ("job.num", 0), ("job.id", "0")):
             if OmegaConf.is_missing(OmegaConf.select(tree.hydra, key.partition(".")[0]), key.partition(".")[2]):

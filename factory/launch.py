@@ -150,13 +150,12 @@ def _check_sweep(
 ) -> Composed:
     """Check every combination that can be listed; the one without the sweep decides how Hydra sweeps."""
     fixed = composer.compose([str(override.input_line) for override in parsed if not override.is_sweep_override()])
-    if fixed.tree is None or fixed.hydra is None:
+    if fixed.tree is None:
         _refuse([*problems, *fixed.problems])
         return fixed
     combinations = [[str(o.input_line) for o in parsed if not o.is_sweep_override()]]
-    if fixed.hydra.runtime.choices.get("hydra/sweeper") == "basic":
-        params = fixed.hydra.sweeper.get("params") or {}
-        swept, unread = parse(f"{key}={value}" for key, value in params.items())
+    if fixed.choices.get("hydra/sweeper") == "basic":
+        swept, unread = parse(f"{key}={value}" for key, value in fixed.sweep.items())
         problems += unread
         combinations = expand([*swept, *parsed], MOST_CHECKED)
     for combination in combinations:

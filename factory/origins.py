@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.types import Override
-from hydra.types import RunMode
 
 from mllm_factory import presets
+from mllm_factory.merge import Source
 from mllm_factory.overrides import origin
 
 
 class Origins:
     """Answers for one composition. The files are only read when the first question comes."""
 
-    def __init__(
-        self,
-        config_name: str,
-        groups: Sequence[str],
-        values: Sequence[Override],
-        roots: Sequence[Path],
-        loader: ConfigLoader | None,
-        stored: Mapping[str, Path],
-    ) -> None:
-        self.name, self.groups, self.values = config_name, list(groups), list(values)
-        self.roots, self.loader, self.stored = list(roots), loader, dict(stored)
+    def __init__(self, sources: Sequence[Source], values: Sequence[Override]) -> None:
+        """``sources`` in the order of merging, ``values`` in the order of the command line."""
+        self.sources, self.values = list(sources), list(values)
 
     def of(self, key: str) -> str:
         """The override or file and line that set ``key``, or else the nearest key above it, last; empty if nothing did."""
@@ -46,19 +37,8 @@ class Origins:
 
     @cached_property
     def _files(self) -> list[tuple[Path, tuple[str, ...], dict[tuple[str, ...], int]]]:
-        """(file, package, line of each key) of the defaults list, in the order of merging."""
-        if self.loader is None:
-            return []
-        with presets.fast_yaml():
-            found = self.loader.compute_defaults_list(self.name, self.groups, RunMode.RUN)
-        result = []
-        for default in found.defaults:
-            config = default.config_path or ""
-            file = self.stored.get(config) or presets.locate(config, self.roots)
-            if file is not None:
-                package = (default.package or "").removeprefix("_global_").strip(".")
-                result.append((file, tuple(package.split(".")) if package else (), presets.lines(file)))
-        return result
+        """(file, package, line of each key), in the order of merging."""
+        return [(file, tuple(filter(None, package.split("."))), presets.lines(file)) for file, package in self.sources]
 
 
 def _sets(override: Override, path: tuple[str, ...]) -> bool:

@@ -39,7 +39,7 @@ def locate(pretrained: str) -> Path | str:
 
     Returns:
         A folder or file on this machine; or the hub id itself, when the hub answers and may serve it. A hub id whose files
-        were downloaded before is a folder when the hub does not answer.
+        were downloaded before is a folder when the hub does not answer. On the meta device the hub is not asked.
 
     Raises:
         ConfigError: no such package, folder or file, or the hub cannot be reached.
@@ -85,9 +85,11 @@ def _neighbours(path: Path) -> str:
 def _on_hub(repo: str) -> Path | str:
     from huggingface_hub import constants
 
+    cached = _snapshot(Path(constants.HF_HUB_CACHE), repo)
+    if on_meta():  # counting needs no weights, so nobody is asked for them
+        return cached or repo
     if not constants.HF_HUB_OFFLINE and _reachable(constants.ENDPOINT, int(time.monotonic() // 60)):
         return repo
-    cached = _snapshot(Path(constants.HF_HUB_CACHE), repo)
     if cached is not None:
         return cached
     why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer"

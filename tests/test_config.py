@@ -62,6 +62,40 @@ def test_tree_equals_hydras(overrides: list[str]) -> None:
     assert str(ours.tree["output_dir"]).startswith(f"outputs/{ours.tree['name']}/20")
 
 
+USERS = {
+    "vision__own": "# @package _global_\nvision: {name: timm, architecture: test_vit}\nseed: 5\n",
+    "projector__own": "defaults:\n  - mlp\n  - _self_\ndepth: 3\nhidden_dim: ${seed}\n",
+    "experiment__nested": "# @package _global_\ndefaults:\n  - later\n  - /tuning@second: lora\n"
+    "  - override /projector: own\n  - override /schedule: constant\nname: nested\nseed: 7\n",
+    "experiment__later": "# @package _global_\nseed: 8\ntrainer: {max_steps: 3, betas: [0.1]}\n",
+    "experiment__of_hydra": "# @package _global_\nname: ${hydra:job.name}\nhydra: {job: {name: mine}}\n",
+}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["vision=own"], ["projector=own"], ["experiment=nested"], ["experiment=later"], ["experiment=[nested,later]"]]
+    + [["vision=own", "experiment=nested"], ["+vision@extra=timm"], ["metrics=[answer_loss]", "experiment=nested"]],
+)
+def test_a_users_tree_is_hydras_too(tmp_path: Path, overrides: list[str]) -> None:
+    write(tmp_path, **USERS)
+    with initialize_config_module("mllm_factory.conf", version_base="1.3"):
+        search = f"hydra.searchpath=[file://{tmp_path}]"
+        theirs = OmegaConf.to_container(hydra_compose("train", [search, *overrides]), resolve=False)
+    ours = compose("train", overrides, [str(tmp_path)])
+    assert ours.problems == []
+    assert isinstance(theirs, dict)
+    resolved = OmegaConf.to_container(OmegaConf.create({"audio": None, **theirs, "output_dir": ""}), resolve=True)
+    assert {**(ours.tree or {}), "output_dir": ""} == resolved
+
+
+def test_a_value_of_hydras_node_is_found(tmp_path: Path) -> None:
+    write(tmp_path, **USERS)
+    found = compose("train", ["experiment=of_hydra"], [str(tmp_path)])
+    assert found.problems == []
+    assert (found.tree or {})["name"] == "mine"
+
+
 def test_parts_can_be_null() -> None:
     for overrides in (["vision=null"], ["experiment=smoke", "vision=null"], ["audio=null", "vision=null"]):
         composed = compose("train", overrides)

@@ -21,7 +21,7 @@ LAYERS = [  # a module imports from layers before its own, and from its own
     {"checkpoint", "features", "trainer", "recorder"},
     {"assemble", "evaluator", "follower"},
     {"run"},
-    {"checks", "flags", "overrides", "origins", "stored", "config"},
+    {"checks", "flags", "overrides", "merge", "origins", "stored", "config"},
     {"cli", "completion", "catalog", "doctor", "launch", "__main__"},
 ]
 TORCH_FREE = [
@@ -36,6 +36,7 @@ TORCH_FREE = [
     "catalog",
     "flags",
     "launch",
+    "merge",
     "origins",
     "overrides",
     "stored",
