@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mllm_factory.distributed import total as total
     from mllm_factory.errors import CheckpointError as CheckpointError
     from mllm_factory.errors import ConfigError as ConfigError
     from mllm_factory.errors import DataError as DataError
@@ -27,14 +28,20 @@ if TYPE_CHECKING:
     from mllm_factory.pretrained import on_meta as on_meta
     from mllm_factory.pretrained import read_weights as read_weights
     from mllm_factory.pretrained import weights_file as weights_file
+    from mllm_factory.randomness import untouched as untouched
     from mllm_factory.registry import build as build
     from mllm_factory.registry import names as names
     from mllm_factory.registry import register as register
     from mllm_factory.template import resolve_template as resolve_template
     from mllm_factory.trainer import TrainState as TrainState
+    from mllm_factory.types import ASSISTANT as ASSISTANT
     from mllm_factory.types import AUDIO as AUDIO
     from mllm_factory.types import IGNORE_INDEX as IGNORE_INDEX
+    from mllm_factory.types import MODALITIES as MODALITIES
+    from mllm_factory.types import PAD as PAD
+    from mllm_factory.types import SYSTEM as SYSTEM
     from mllm_factory.types import TEXT as TEXT
+    from mllm_factory.types import USER as USER
     from mllm_factory.types import VISION as VISION
     from mllm_factory.types import Batch as Batch
     from mllm_factory.types import Message as Message
@@ -42,14 +49,16 @@ if TYPE_CHECKING:
     from mllm_factory.types import Sample as Sample
 
 _HOME = {
+    "distributed": "total",
     "errors": "CheckpointError ConfigError DataError UserError hint",
     "interfaces": "Backbone Encoder Metric Projector Schedule Source Tuning",
     "model": "MultimodalModel",
     "pretrained": "load_matching locate on_meta read_weights weights_file",
+    "randomness": "untouched",
     "registry": "build names register",
     "template": "resolve_template",
     "trainer": "TrainState",
-    "types": "AUDIO IGNORE_INDEX TEXT VISION Batch Message Output Sample",
+    "types": "ASSISTANT AUDIO IGNORE_INDEX MODALITIES PAD SYSTEM TEXT USER VISION Batch Message Output Sample",
 }
 _MODULE_OF = {name: module for module, words in _HOME.items() for name in words.split()}
 

@@ -117,6 +117,7 @@ class Follower:
             "loss": counts["loss_sum"] / counts["num_labels"],
             "grad_norm": grad_norm,
             **{f"lr/{group['name']}": float(group["lr"]) for group in state.optimizer.param_groups},
+            **self.schedule.readings(),
             "samples_per_second": counts["unlogged"] / (time.monotonic() - self.since),
             "seconds": self.seconds,
             "refused": counts["refused"],

@@ -117,7 +117,11 @@ class Tuning(ABC):
 
 
 class Schedule(ABC):
-    """Learning rates per part, step by step. Optimizer groups carry the part's name in ``group["name"]``."""
+    """Learning rates per part, step by step.
+
+    Optimizer groups carry the part's name in ``group["part"]``, and in ``group["name"]`` the name that rates go by, which is
+    ``projector`` for both projectors.
+    """
 
     @abstractmethod
     def before_step(self, state: TrainState) -> None:
@@ -125,6 +129,10 @@ class Schedule(ABC):
 
     def after_step(self, state: TrainState) -> None:
         """After the update; to observe it."""
+
+    def readings(self) -> dict[str, float]:
+        """Flat keys to numbers for the run's log, besides the rates; NaN for what was not measured."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values that ``load_state_dict`` needs to continue."""

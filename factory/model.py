@@ -47,15 +47,15 @@ class MultimodalModel(nn.Module):
         parts |= {"projector" if name == "vision" else f"{name}_projector": p for name, p in self.projectors.items()}
         return {**parts, "backbone": self.backbone}
 
-    def forward(self, batch: Batch, logits: bool = False) -> Output:
+    def forward(self, batch: Batch, logits: bool = False, features: Mapping[str, Tensor] | None = None) -> Output:
         """Teacher-forced loss, summed over the label positions; with their logits [N, V] if asked for.
 
-        Hidden states are gathered before the head: no [B, T, V] tensor exists.
+        Hidden states are gathered before the head: no [B, T, V] tensor exists. ``features`` as in ``embed``.
         """
         keep = F.pad(batch.labels[:, 1:] != IGNORE_INDEX, (0, 1)).flatten()  # [B * T]
         places = keep.nonzero()[:, 0]  # [N]; found first, because a device has to finish its work for it
         with self._sees(batch):
-            hidden = self.backbone(self.embed(batch), self._mask(batch))  # [B, T, D]
+            hidden = self.backbone(self.embed(batch, features), self._mask(batch))  # [B, T, D]
         scores = self.backbone.logits(hidden.flatten(0, 1).index_select(0, places)).float()  # [N, V]
         loss_sum = F.cross_entropy(scores, batch.labels.flatten()[places + 1], reduction="sum")
         return Output(loss_sum, keep.sum(), scores if logits else None)
@@ -73,8 +73,11 @@ class MultimodalModel(nn.Module):
         """Causal attention never looks at padding on the right, so only rows padded on the left need a mask."""
         return batch.attention_mask if batch.left_padded else None
 
-    def embed(self, batch: Batch) -> Tensor:
+    def embed(self, batch: Batch, given: Mapping[str, Tensor] | None = None) -> Tensor:
         """Token embeddings with the media's features in their places, [B, T, D].
+
+        Args:
+            given: by modality, what ``features`` gave for the batch's items before, [n, k, D]; they are not encoded again.
 
         Raises:
             DataError: a modality reserves another number of positions than its features fill.
@@ -85,7 +88,7 @@ class MultimodalModel(nn.Module):
                 embeds = embeds + self._nothing(name, items, embeds)
                 continue
             positions = batch.modality == MODALITIES[name]  # [B, T]
-            features = self.features(name, items)  # [n, k, D]
+            features = given[name] if given and name in given else self.features(name, items)  # [n, k, D]
             self._require_fit(name, positions, features)
             embeds = embeds.masked_scatter(positions[..., None], features.to(embeds.dtype))
         return embeds

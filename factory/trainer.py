@@ -34,6 +34,7 @@ class TrainState:
         step: optimizer steps done so far.
         batches: the batches of the step in flight, of this process, as they came from the loader.
         num_labels: [] labels of the step over all batches and processes.
+        clip: largest gradient norm of the step to come; None does not clip.
     """
 
     model: MultimodalModel
@@ -43,6 +44,7 @@ class TrainState:
     step: int = 0
     batches: list[Batch] = field(default_factory=list)
     num_labels: Tensor = field(default_factory=lambda: torch.zeros(()))
+    clip: float | None = None
 
 
 class Trainer:
@@ -141,7 +143,7 @@ class Trainer:
         groups = parameter_groups(model, self.weight_decay)
         betas, fused = (self.betas[0], self.betas[1]), self.strategy == "ddp" or world.size == 1
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=fused)
-        return wrapped, TrainState(model, optimizer, self.max_steps, world)
+        return wrapped, TrainState(model, optimizer, self.max_steps, world, clip=self.clip)
 
     def refuse_nothing_to_train(self) -> NoReturn:
         """Say that no part learns."""
@@ -225,7 +227,10 @@ class Trainer:
 
 
 def parameter_groups(model: MultimodalModel, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups: for each part one with weight decay (matrices) and one without; ``name`` is the part's."""
+    """Optimizer groups: for each part one with weight decay (matrices) and one without.
+
+    ``part`` is the part's name, ``name`` the one that rates go by: both projectors share theirs.
+    """
     groups: list[dict[str, Any]] = []
     seen: set[int] = set()  # what two parts share learns once, with the first
     for part, module in model.parts().items():
@@ -235,7 +240,7 @@ def parameter_groups(model: MultimodalModel, weight_decay: float) -> list[dict[s
             params = [p for p in trainable if (p.ndim >= 2) == matrices]
             if params:
                 name = "projector" if part.endswith("projector") else part
-                groups.append({"name": name, "params": params, "weight_decay": decay})
+                groups.append({"name": name, "part": part, "params": params, "weight_decay": decay})
     return groups
 
 
