@@ -56,7 +56,8 @@ class MultimodalModel(nn.Module):
         places = keep.nonzero()[:, 0]  # [N]; found first, because a device has to finish its work for it
         with self._sees(batch):
             hidden = self.backbone(self.embed(batch, features), self._mask(batch))  # [B, T, D]
-        scores = self.backbone.logits(hidden.flatten(0, 1).index_select(0, places)).float()  # [N, V]
+        scores = self.backbone.logits(hidden.flatten(0, 1).index_select(0, places))  # [N, V]
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         loss_sum = F.cross_entropy(scores, batch.labels.flatten()[places + 1], reduction="sum")
         return Output(loss_sum, keep.sum(), scores if logits else None)
 

@@ -1,5 +1,5 @@
 """Schedules: learning rates per part, step by step."""
 
-from mllm_factory.components.schedules import constant, cosine
-
-__all__ = ["constant", "cosine"]
+from mllm_factory.components.schedules import commit as commit
+from mllm_factory.components.schedules import constant as constant
+from mllm_factory.components.schedules import cosine as cosine

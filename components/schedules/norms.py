@@ -1,0 +1,73 @@
+"""Diagnostics of CoMMIT beside kappa: gradient and weight norms (its Figure 3) and the H of eq. 5. They steer nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mllm_factory import ASSISTANT, TEXT, Batch, total
+from mllm_factory.components.schedules.balance import Component
+from mllm_factory.components.schedules.probe import Probe, Seen
+
+if TYPE_CHECKING:
+    from mllm_factory import TrainState as TrainState
+
+
+def norms(components: Sequence[Component]) -> dict[str, float]:
+    """Norm of each component's gradient (before clipping) and weights."""
+    result = {}
+    for component in components:
+        grads = [p.grad for p in component.params if p.grad is not None]
+        result[f"grad_norm/{component.name}"] = _norm(grads)
+        result[f"weight_norm/{component.name}"] = _norm([p.detach() for p in component.params])
+    return result
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return float(torch.stack([t.float().square().sum() for t in tensors]).sum().sqrt()) if tensors else 0.0
+
+
+@torch.no_grad()
+def input_norms(probe: Probe, seen: Sequence[Seen], distances: Mapping[str, float], world: Any) -> dict[str, float]:
+    """H of eq. 5 for two components: the output step over the norm of the other component's input.
+
+        H_encoder = d_encoder / (||prompt embeddings|| + ||encoder tokens||),    H_llm = d_llm / ||raw items||
+
+    Norms are Frobenius, of each sample, averaged over samples. The crossing is the paper's: H bounds the other's gradient.
+    """
+    encoder, *_, llm = distances
+    if len(distances) != 2:
+        return {}
+    sums = torch.stack([torch.stack(_sums(probe, s)) for s in seen]).sum(0)
+    prompt, tokens, raw, samples = total(sums, world).tolist()
+    if not samples or not raw:
+        return {}
+    inside, outside = (prompt + tokens) / samples, raw / samples
+    return {f"H/{encoder}": distances[encoder] / inside, f"H/{llm}": distances[llm] / outside}
+
+
+def _sums(probe: Probe, seen: Seen) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Over this batch's samples: norms of prompt embeddings, of encoder tokens and of raw items, and the samples' number."""
+    batch = seen.batch
+    embeds = probe.model.backbone.embed(batch.input_ids).detach().double()  # [B, T, D]
+    prompt = (batch.modality == TEXT) & (batch.role != ASSISTANT) & batch.attention_mask
+    words = (embeds.square().sum(-1) * prompt).sum(1).sqrt()
+    tokens, raw = (_per_row(batch, items) for items in (seen.features, batch.media))
+    return (
+        words.sum(),
+        tokens.sum(),
+        raw.sum(),
+        torch.tensor(float(len(words)), dtype=torch.float64, device=words.device),
+    )
+
+
+def _per_row(batch: Batch, items: Mapping[str, Tensor]) -> Tensor:
+    """[B] Frobenius norm of all items of a row."""
+    squares = torch.zeros(len(batch.labels), dtype=torch.float64, device=batch.labels.device)
+    for name, values in items.items():
+        if len(values):
+            squares.index_add_(0, batch.media_row[name], values.double().flatten(1).square().sum(1))
+    return squares.sqrt()
