@@ -58,7 +58,20 @@ def listed(words: Iterable[str]) -> str:
 
 
 def hint(word: str, known: Iterable[str]) -> str:
-    """``; did you mean 'mlp'? known: linear, mlp``, to append to a message about an unknown word."""
+    """``; did you mean 'mlp'? known: linear, mlp``, to append to a message about an unknown word.
+
+    Of many known words only those most like it are listed.
+    """
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return (f"; did you mean '{close[0]}'?" if close else ";") + f" known: {listed(known)}"
+    shown, more = listed(known), ""
+    if len(known) > MANY:
+        shown, more = (
+            listed(difflib.get_close_matches(word, known, n=MANY // 2, cutoff=0.0)),
+            f", ... ({len(known)} in all)",
+        )
+    return (f"; did you mean '{close[0]}'?" if close else ";") + f" known: {shown}{more}"
+
+
+MANY = 16
+"""Known words that a message lists; of more it lists half as many."""

@@ -44,8 +44,12 @@ def complete(kind: str, node: dict[str, Any], place: str) -> Iterator[str]:
         yield f"{place}: {sorted(options ^ (set(node) - {'name'}))}"
     for name in options & set(node):
         child = child_kind(schema.params[name].annotation)
-        if child is not None and child[0] == "one" and node[name] is not None:
-            yield from complete(child[1], node[name], f"{place}.{name}")
+        if child is None or node[name] is None:
+            continue
+        form, below = child[0], node[name]
+        inner = {"": below} if form == "one" else below if form == "dict" else dict(enumerate(below))
+        for key, part in inner.items():
+            yield from complete(child[1], part, f"{place}.{name}.{key}".rstrip("."))
 
 
 def engine_options(cls: type, node: dict[str, Any], given: set[str], place: str) -> Iterator[str]:

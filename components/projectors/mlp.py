@@ -28,15 +28,24 @@ class Mlp(Projector):
         self, in_dim: int, out_dim: int, in_tokens: int, depth: int = 2, hidden_dim: int | None = None
     ) -> None:
         super().__init__()
-        if depth < 1:
-            raise ValueError(f"depth: {depth} linear layers cannot project; use 1 (linear) or more")
-        if hidden_dim is not None and hidden_dim < 1:
-            raise ValueError(f"hidden_dim: {hidden_dim} is no width; use 1 or more, or null for the backbone's width")
         self.num_tokens = in_tokens
-        widths = [in_dim, *[out_dim if hidden_dim is None else hidden_dim] * (depth - 1), out_dim]
-        layers = [module for left, right in pairwise(widths) for module in (nn.GELU(), nn.Linear(left, right))]
-        self.layers = nn.Sequential(*layers[1:])
+        self.layers = perceptron(in_dim, out_dim, depth, hidden_dim)
 
     def forward(self, features: Tensor) -> Tensor:
         """[n, in_tokens, in_dim] -> [n, in_tokens, out_dim]"""
         return self.layers(features)
+
+
+def perceptron(in_dim: int, out_dim: int, depth: int, hidden_dim: int | None = None) -> nn.Sequential:
+    """``depth`` linear layers with GELU between them, [..., in_dim] -> [..., out_dim]; shared by the projectors.
+
+    Raises:
+        ValueError: ``depth`` or ``hidden_dim`` is below 1.
+    """
+    if depth < 1:
+        raise ValueError(f"depth: {depth} linear layers cannot project; use 1 (linear) or more")
+    if hidden_dim is not None and hidden_dim < 1:
+        raise ValueError(f"hidden_dim: {hidden_dim} is no width; use 1 or more, or null for the backbone's width")
+    widths = [in_dim, *[out_dim if hidden_dim is None else hidden_dim] * (depth - 1), out_dim]
+    layers = [module for left, right in pairwise(widths) for module in (nn.GELU(), nn.Linear(left, right))]
+    return nn.Sequential(*layers[1:])
