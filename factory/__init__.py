@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mllm_factory.interfaces import Schedule as Schedule
     from mllm_factory.interfaces import Source as Source
     from mllm_factory.interfaces import Tuning as Tuning
+    from mllm_factory.media import BLANK as BLANK
     from mllm_factory.model import MultimodalModel as MultimodalModel
     from mllm_factory.pretrained import load_matching as load_matching
     from mllm_factory.pretrained import locate as locate
@@ -52,6 +53,7 @@ _HOME = {
     "distributed": "total",
     "errors": "CheckpointError ConfigError DataError UserError hint",
     "interfaces": "Backbone Encoder Metric Projector Schedule Source Tuning",
+    "media": "BLANK",
     "model": "MultimodalModel",
     "pretrained": "load_matching locate on_meta read_weights weights_file",
     "randomness": "untouched",

@@ -111,7 +111,9 @@ def tune(model: MultimodalModel, tree: Tree) -> None:
         seed_all(seed_of(tree["seed"], f"tuning.{part}"))
         for strategy in node if isinstance(node, list) else [node]:
             try:
-                build(Tuning, strategy, f"tuning.{key}").apply(module, model)
+                built = build(Tuning, strategy, f"tuning.{key}")
+                built.apply(module, model)
+                model.strategies.setdefault(part, []).append(built)
             except ConfigError as error:
                 problems += [Problem(p.message, p.key or f"tuning.{key}") for p in error.problems]
             except (TypeError, ValueError) as error:

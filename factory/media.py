@@ -5,6 +5,7 @@ Whatever cannot be decoded in full is an error that names the file and the reaso
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from io import BytesIO
@@ -20,6 +21,13 @@ from mllm_factory.errors import DataError
 
 Waveform = tuple[Tensor, int]
 """A recording: float32 [channels, time] and its sample rate in Hz."""
+
+MAX_SAMPLES = 2**29
+"""Samples of all channels that a recording may have: 2 GiB once decoded, 9 hours of one channel at 16 kHz."""
+
+_DECLARED = re.compile(r"(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)")
+_UNKNOWN_SIZE = 0x7FFFF000  # larger counts of bytes stand in files that were written to a pipe
+_OGG_PAGE = 65307  # bytes of the longest Ogg page
 
 
 def load_image(raw: Any) -> Image.Image:
@@ -69,23 +77,68 @@ def load_audio(raw: Any) -> Waveform:
     """A recording as float32 [channels, time] in [-1, 1], with its sample rate in Hz.
 
     Args:
-        raw: a path, encoded bytes, or a ``(waveform, rate)`` pair with a floating-point [time] or [channels, time] array.
+        raw: a path, encoded bytes (whatever soundfile reads: wav, flac, ogg, mp3), or a ``(waveform, rate)`` pair with a
+            floating-point [time] or [channels, time] array.
 
     Raises:
-        DataError: missing, empty, damaged, no recording, or a pair of another form.
+        DataError: missing, empty, damaged, truncated, no recording, over MAX_SAMPLES, not finite, or a pair of another
+            form.
     """
     if isinstance(raw, tuple | list):
         return _pair(raw)
     import soundfile
 
     try:
-        samples, rate = soundfile.read(_stream(raw), dtype="float32", always_2d=True)
+        with soundfile.SoundFile(_stream(raw)) as file:
+            _check_length(file)
+            samples, rate = file.read(dtype="float32", always_2d=True), int(file.samplerate)
+            _check_whole(file, len(samples), raw)
+    except DataError as error:
+        raise DataError(f"{_name(raw, 'recording')}: {error}") from error
     except Exception as error:  # soundfile raises several unrelated types
         name = _name(raw, "recording")
         raise DataError(f"{name}: the recording cannot be decoded ({_line(error)}); replace or remove it") from error
     if not len(samples):
         raise DataError(f"{_name(raw, 'recording')}: the recording has no samples; replace or remove it")
-    return torch.from_numpy(samples.T.copy()), int(rate)
+    if not np.isfinite(samples).all():
+        raise DataError(f"{_name(raw, 'recording')}: the recording holds NaN or infinite samples; replace or remove it")
+    return torch.from_numpy(np.ascontiguousarray(samples.T)), rate
+
+
+def _check_length(file: Any) -> None:
+    """Refuse what would not fit into memory, before it is decoded."""
+    samples = file.frames * file.channels
+    if samples > MAX_SAMPLES:
+        raise DataError(
+            f"{samples} samples in {file.channels} channel(s) are more than {MAX_SAMPLES}; split it, or store it with fewer "
+            "channels or a lower rate"
+        )
+
+
+def _check_whole(file: Any, read: int, raw: Any) -> None:
+    """Refuse a recording whose end is missing; the decoders would give the rest without a word."""
+    chunk = _DECLARED.search(file.extra_info)
+    lacking = int(chunk[1]) - int(chunk[2]) > 8 if chunk and int(chunk[1]) < _UNKNOWN_SIZE else False
+    lacking = lacking or file.frames - read > file.samplerate // 10  # mp3: its header counts frames, near enough
+    if lacking or (file.format == "OGG" and not _ogg_ends(raw)):
+        raise DataError(
+            f"the recording is cut off, only {read / file.samplerate:.2f} s are there; replace or remove it"
+        )
+
+
+def _ogg_ends(raw: str | Path | bytes) -> bool:
+    """Whether the last page of an Ogg stream is marked as its end, and whole (RFC 3533, section 6)."""
+    if isinstance(raw, bytes):
+        tail = raw[-_OGG_PAGE:]
+    else:
+        with Path(raw).open("rb") as stream:
+            stream.seek(-min(_OGG_PAGE, Path(raw).stat().st_size), 2)
+            tail = stream.read()
+    page = tail[max(0, tail.rfind(b"OggS")) :]
+    if len(page) < 27 or not page[5] & 4:
+        return False
+    segments = page[27 : 27 + page[26]]
+    return len(page) >= 27 + page[26] + sum(segments)
 
 
 def _pair(raw: Any) -> Waveform:
@@ -96,7 +149,10 @@ def _pair(raw: Any) -> Waveform:
         raise DataError(
             f"a waveform is a floating-point array [time] or [channels, time], got {wave.dtype} {list(wave.shape)}"
         )
-    return wave.float().reshape(-1, wave.shape[-1]), raw[1]
+    wave = wave.float().reshape(-1, wave.shape[-1])
+    if not wave.isfinite().all():
+        raise DataError("a decoded recording holds NaN or infinite samples; replace or remove it")
+    return wave, raw[1]
 
 
 def _name(raw: Any, what: str) -> str:

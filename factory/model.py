@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mllm_factory.errors import DataError
-from mllm_factory.interfaces import Backbone, Encoder, Projector
+from mllm_factory.interfaces import Backbone, Encoder, Projector, Tuning
 from mllm_factory.template import ChatTemplate
 from mllm_factory.types import IGNORE_INDEX, MODALITIES, Batch, Output
 
@@ -27,6 +27,7 @@ class MultimodalModel(nn.Module):
     Attributes:
         encoders, projectors: by modality.
         template: the backbone's chat template.
+        strategies: by part, the tuning strategies that were applied to it, in order.
         batch: the batch in flight, for hooks that steer or observe by ``batch.modality``; None between calls.
     """
 
@@ -39,6 +40,7 @@ class MultimodalModel(nn.Module):
         self.backbone = backbone
         self.template = ChatTemplate(backbone.tokenizer)
         self.tokens_per_item = {name: projector.num_tokens for name, projector in projectors.items()}
+        self.strategies: dict[str, list[Tuning]] = {}
         self.batch: Batch | None = None
 
     def parts(self) -> dict[str, nn.Module]:

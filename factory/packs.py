@@ -25,7 +25,7 @@ _CLASS = re.compile(r"^class (\w+)\s*(?:\[[^\]]*\])?\s*\(([^)]*)\)\s*:", re.MULT
 _REGISTERED = re.compile(
     r"""^@(?:\w+\.)*register\(\s*["']([^"']+)["']\s*\)[^\n]*\n(?:[@#][^\n]*\n)*class (\w+)""", re.MULTILINE
 )
-_ANY_REGISTER = re.compile(r"^\s*(?:@|\w+ *= *)?(?:\w+\.)*register\(", re.MULTILINE)
+_ANY_REGISTER = re.compile(r"^\s*(?:@|\w+ *= *)?(?:[a-z_]\w*\.)*register\(", re.MULTILINE)  # not a class's method
 
 
 class Place(NamedTuple):

@@ -1,4 +1,4 @@
-"""Measure the project against its alternatives: ``python scripts/bench.py overhead|step|startup|compose [--json]``.
+"""Measure the project against its alternatives: ``python scripts/bench.py overhead|step|tuning|startup|compose|attention [--json]``.
 
 Both sides run alternately on the same machine; the result is the median of the pairwise ratios with the smallest and the
 largest. Speed is reported and never enforced: the exit code is 1 only where the two sides compute different things.
@@ -20,8 +20,10 @@ from benchmarks import harness
 BENCHES = {
     "overhead": "train step and forward against the same model in plain PyTorch",
     "step": "train step and memory against transformers' LLaVA with its Trainer",
+    "tuning": "MoReS against nothing trained in the backbone and its published arithmetic, LoRA against peft",
     "startup": "CPU time and memory of the command line's quick verbs",
     "compose": "composition and validation of a tree against bare Hydra",
+    "attention": "a forward with attention statistics against one without, and against eager maps",
 }
 DOCS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 

@@ -137,3 +137,8 @@ def test_compose_gives_the_same_tree() -> None:
 @pytest.mark.slow
 def test_startup_never_imports_torch() -> None:
     check_shape(bench("startup"), "startup", {"--help", "list", "completion", "config error"})
+
+
+@pytest.mark.slow
+def test_tuning_has_equal_losses() -> None:
+    assert bench("tuning")["ok"]

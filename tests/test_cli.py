@@ -381,10 +381,10 @@ def test_info_and_hydra_help(run_cli: Run) -> None:
     [
         ("mllm-factory tr", ["train "]),
         ("mllm-factory train visi", ["vision.", "vision="]),
-        ("mllm-factory train projector=m", ["projector=mlp"]),
-        ("mllm-factory train tuning=lora tuning.backbone.r", ["tuning.backbone.rank="]),
+        ("mllm-factory train projector=r", ["projector=resampler"]),
+        ("mllm-factory train tuning=lora tuning.backbone.ra", ["tuning.backbone.rank="]),
         ("mllm-factory evaluate check", ["checkpoint="]),
-        ("mllm-factory describe Tuning lo", ["lora "]),
+        ("mllm-factory describe Tuning fu", ["full "]),
         ("mllm-factory list sch", ["schedule "]),
         ("mllm-factory completion z", ["zsh"]),
         ("mllm-factory nonsense x", []),

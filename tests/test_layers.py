@@ -17,12 +17,12 @@ LAYERS = [  # a module imports from layers before its own, and from its own
     {"errors", "types", "schema", "randomness"},
     {"packs", "files", "tokens", "interfaces"},
     {"registry", "runs", "media", "pretrained", "template"},
-    {"model", "data", "loader", "distributed", "presets"},
+    {"model", "data", "loader", "distributed", "presets", "identity"},
     {"checkpoint", "features", "trainer", "recorder"},
-    {"assemble", "evaluator", "follower"},
-    {"run"},
+    {"assemble", "evaluator", "follower", "estimate"},
+    {"run", "llava", "native"},
     {"checks", "flags", "overrides", "merge", "origins", "stored", "config"},
-    {"cli", "completion", "catalog", "doctor", "launch", "__main__"},
+    {"cli", "completion", "catalog", "doctor", "export", "launch", "testing", "testing_model", "__main__"},
 ]
 TORCH_FREE = [
     "errors",

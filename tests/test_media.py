@@ -13,6 +13,7 @@ import soundfile
 import torch
 from PIL import Image, ImageFile
 
+from mllm_factory import media
 from mllm_factory.errors import DataError
 from mllm_factory.media import BLANK, LOADERS, load_audio, load_image
 
@@ -165,6 +166,86 @@ def test_unusable_recordings(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=reason) as caught:
             load_audio(raw)
         assert "\n" not in str(caught.value)
+
+
+def sound(kind: str, subtype: str | None = None, seconds: float = 2.0, rate: int = 16000) -> bytes:
+    """A stereo recording of noise in a format of soundfile."""
+    noise = 0.2 * np.random.default_rng(0).standard_normal((round(rate * seconds), 2))
+    stream = BytesIO()
+    soundfile.write(stream, noise.astype(np.float32), rate, format=kind, subtype=subtype)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("kind", "subtype"), [("WAV", "FLOAT"), ("FLAC", None), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", None)]
+)
+def test_formats_of_recordings(kind: str, subtype: str | None, tmp_path: Path) -> None:
+    whole = sound(kind, subtype)
+    file = tmp_path / f"a.{kind.lower()}"
+    file.write_bytes(whole)
+    noise = 0.2 * np.random.default_rng(0).standard_normal((32000, 2)).astype(np.float32)
+    for raw in (whole, file):
+        wave, rate = load_audio(raw)
+        assert wave.shape == (2, 32000) and rate == 16000 and wave.dtype == torch.float32
+        power = float(wave.square().mean())
+        assert 0.3 < power / float(np.square(noise).mean()) < 1.5  # mp3 and ogg lose the high frequencies of noise
+    torch.testing.assert_close(load_audio(sound("WAV", "FLOAT"))[0], torch.from_numpy(noise.T.copy()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "subtype"),
+    [
+        ("WAV", "PCM_16"),
+        ("AIFF", "PCM_16"),
+        ("AU", "PCM_16"),
+        ("FLAC", None),
+        ("OGG", "VORBIS"),
+        ("OGG", "OPUS"),
+        ("MP3", None),
+    ],
+)
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_truncated_recordings_are_refused(kind: str, subtype: str | None, share: float, tmp_path: Path) -> None:
+    whole = sound(kind, subtype)
+    file = tmp_path / f"cut.{kind.lower()}"
+    file.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(DataError, match=rf"cut\.{kind.lower()}: .*(is cut off, only|cannot be decoded)"):
+        load_audio(file)
+
+
+def test_a_wav_from_a_pipe_says_no_length_and_is_whole() -> None:
+    data = bytearray(sound("WAV", "PCM_16"))
+    for place in (4, data.find(b"data") + 4):
+        data[place : place + 4] = b"\xff\xff\xff\xff"
+    assert load_audio(bytes(data))[0].shape == (2, 32000)
+
+
+def test_samples_that_are_no_numbers(tmp_path: Path) -> None:
+    for bad in (np.nan, np.inf):
+        wave = np.zeros(100, np.float32)
+        wave[7] = bad
+        soundfile.write(tmp_path / "bad.wav", wave, 8000, subtype="FLOAT")
+        with pytest.raises(DataError, match=r"bad\.wav: the recording holds NaN or infinite samples"):
+            load_audio(tmp_path / "bad.wav")
+        with pytest.raises(DataError, match="NaN or infinite"):
+            load_audio((torch.from_numpy(wave), 8000))
+
+
+def test_rates_and_channels(tmp_path: Path) -> None:
+    for rate, channels in ((8000, 1), (96000, 8), (44100, 2)):
+        soundfile.write(tmp_path / "a.wav", np.zeros((1, channels), np.float32), rate)  # one sample
+        wave, found = load_audio(tmp_path / "a.wav")
+        assert (wave.shape, found) == ((channels, 1), rate)
+
+
+def test_a_recording_that_would_fill_the_memory_is_refused_before_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soundfile.write(tmp_path / "long.wav", np.zeros((1000, 8), np.float32), 96000)
+    assert load_audio(tmp_path / "long.wav")[0].shape == (8, 1000)
+    monkeypatch.setattr(media, "MAX_SAMPLES", 7999)
+    with pytest.raises(DataError, match=r"long\.wav: 8000 samples in 8 channel\(s\) are more than 7999; split it"):
+        load_audio(tmp_path / "long.wav")
 
 
 def test_blanks_are_what_the_loaders_take() -> None:

@@ -118,11 +118,16 @@ def test_factors_of_a_half_precision_part_are_float32() -> None:
     out.sum().backward()
 
 
-def test_lora_twice_is_refused() -> None:
-    part = backbone()
-    tune(part, "lora", targets="q_proj")
-    with pytest.raises(ConfigError, match="LoRA layers already"):
-        tune(part, "lora", targets="v_proj")
+def test_lora_twice_is_allowed_on_other_layers_only() -> None:
+    part, hidden = backbone(), torch.randn(1, 4, 16)
+    first, second = tune(part, "lora", targets="q_proj", rank=2), tune(part, "lora", targets="v_proj", rank=3)
+    names = {f"{n}.lora_{f}.default.weight" for n in [*first.resolved, *second.resolved] for f in "AB"}
+    assert learning(part) == names
+    assert {part.get_parameter(n).shape[0] for n in names if "lora_A" in n} == {2, 3}
+    part(hidden).sum().backward()
+    assert all(part.get_parameter(name).grad is not None for name in names)
+    with pytest.raises(ConfigError, match=r"another strategy adapts model.model.layers.0.self_attn.q_proj already"):
+        tune(part, "lora", targets="q_proj")
 
 
 class Bias(Tuning):
@@ -150,14 +155,16 @@ def test_lists_of_strategies_are_applied_in_order() -> None:
     assert learning(alone) == {name for name, _ in alone.named_parameters()}
 
 
-def test_a_norm_left_trainable_stays_so_but_adapted_layers_are_frozen() -> None:
+def test_what_another_strategy_trains_stays_so_but_is_not_adapted() -> None:
     part = backbone()
     tune(part, "frozen")
     part.layers[0].input_layernorm.requires_grad_(True)
     part.layers[0].self_attn.q_proj.requires_grad_(True)
-    tune(part, "lora", targets="q_proj")
+    with pytest.raises(ConfigError, match=r"another strategy trains model.model.layers.0.self_attn.q_proj already"):
+        tune(part, "lora", targets="q_proj")
+    tune(part, "lora", targets="v_proj")
     others = {name for name in learning(part) if "lora_" not in name}
-    assert others == {"model.model.layers.0.input_layernorm.weight"}
+    assert others == {f"model.model.layers.0.{name}.weight" for name in ("input_layernorm", "self_attn.q_proj")}
 
 
 def test_the_factors_follow_the_seed() -> None:
@@ -171,7 +178,17 @@ def test_the_factors_follow_the_seed() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"rank": 0}, {"dropout": 1.0}, {"dropout": -0.1}, {"targets": []}, {"targets": ""}]
+    "options",
+    [
+        {"rank": 0},
+        {"dropout": 1.0},
+        {"dropout": -0.1},
+        {"targets": []},
+        {"targets": ""},
+        {"init": "pisa"},
+        {"quantize": "nf5"},
+        {"init": "pissa", "quantize": "nf4"},
+    ],
 )
 def test_bad_options(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
