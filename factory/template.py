@@ -138,15 +138,32 @@ class ChatTemplate:
             DataError: an unknown role, or a sequence of roles that the template refuses or does not render in full.
         """
         segments: list[Segment] = []
+        before = ""  # the character of text right before the piece
         for piece in self._pieces(messages, generation_prompt):
             if isinstance(piece, Slot):
                 segments.append(piece)
+                before = ""
                 continue
             runs = [run for run in piece if run.text]
             if runs:
-                ids, roles = self._tokenise(runs, first=not any(isinstance(s, Text) for s in segments))
+                first = not any(isinstance(s, Text) for s in segments)
+                ids, roles = self._behind(before, runs) or self._tokenise(runs, first)
                 segments.append(Text(ids, roles, runs[0].role == ASSISTANT))
+                before = "" if ids and ids[-1] in self._added.values() else runs[-1].text[-1]
         return segments
+
+    def _behind(self, before: str, runs: list[Run]) -> tuple[list[int], list[int]] | None:
+        """Ids and roles of a piece that continues text: read with the character ``before`` it, whose tokens are dropped.
+
+        Else a tokenizer that starts every text with a blank would put one into the middle of a line. None where nothing
+        stands before the piece, or where its start melts into that character.
+        """
+        if not before:
+            return None
+        context = Run(before, SYSTEM)
+        head, _ = self._tokenise([context], first=False)
+        ids, roles = self._tokenise([context, *runs], first=False)
+        return (ids[len(head) :], roles[len(head) :]) if ids[: len(head)] == head else None
 
     def text_length(self, messages: Sequence[Message], generation_prompt: bool = False) -> int:
         """Tokens of a conversation without its media."""

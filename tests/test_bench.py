@@ -142,3 +142,8 @@ def test_startup_never_imports_torch() -> None:
 @pytest.mark.slow
 def test_tuning_has_equal_losses() -> None:
     assert bench("tuning")["ok"]
+
+
+@pytest.mark.slow
+def test_attention_statistics_are_exact() -> None:
+    assert bench("attention")["ok"]

@@ -76,7 +76,7 @@ def test_the_head_sees_label_positions_only() -> None:
     seen = []
     model.backbone.model.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
     model(batch)
-    assert seen == [(int(batch.num_labels), model.backbone.dim)]
+    assert seen == [(1, int(batch.num_labels), model.backbone.dim)]
     assert batch.num_labels < batch.labels.numel() / 4
 
 
