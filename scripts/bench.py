@@ -21,7 +21,9 @@ BENCHES = {
     "overhead": "train step and forward against the same model in plain PyTorch",
     "step": "train step and memory against transformers' LLaVA with its Trainer",
     "tuning": "MoReS against nothing trained in the backbone and its published arithmetic, LoRA against peft",
+    "commit": "what measuring the learning balance costs against plain steps",
     "startup": "CPU time and memory of the command line's quick verbs",
+    "check": "time and memory of checking models that no laptop holds",
     "compose": "composition and validation of a tree against bare Hydra",
     "attention": "a forward with attention statistics against one without, and against eager maps",
 }

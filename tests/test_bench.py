@@ -147,3 +147,10 @@ def test_tuning_has_equal_losses() -> None:
 @pytest.mark.slow
 def test_attention_statistics_are_exact() -> None:
     assert bench("attention")["ok"]
+
+
+@pytest.mark.slow
+def test_commit_is_measured() -> None:
+    check_shape(
+        bench("commit"), "commit", {"monitor, every step", "monitor, every 10th step", "regulariser, every step"}
+    )
