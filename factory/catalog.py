@@ -13,6 +13,7 @@ import yaml
 from mllm_factory import presets
 from mllm_factory.errors import UserError, hint
 from mllm_factory.flags import Parser, json_flag
+from mllm_factory.provenance import PACKAGE, PAPER, arguments, install, origin_of
 from mllm_factory.registry import find, index
 from mllm_factory.schema import GIVEN, KIND_NAMES, Schema
 
@@ -102,15 +103,21 @@ def _component(kind: str, name: str, roots: Sequence[Path]) -> dict[str, Any]:
     place = index()[kind].get(name)
     users = _presets_naming(kind, name, roots)
     comments = {key[-1]: text for file in users.values() for key, text in presets.comments(file).items() if text}
+    meanings = {**arguments(schema.doc), **{key: text for key, text in comments.items() if key in schema.params}}
+    origin = origin_of(schema.file)
     return {
         "kind": kind,
         "name": name,
         "class": f"{schema.module}:{schema.cls}",
         "pack": place.pack if place else None,
         "doc": schema.doc,
-        "options": _options(schema, GIVEN.get(kind, ()), comments),
+        "libraries": origin.libraries,
+        "install": origin.install,
+        "papers": sorted({*origin.papers, *PAPER.findall(schema.doc)}),
+        "options": _options(schema, GIVEN.get(kind, ()), meanings),
         "given": [given for given in GIVEN.get(kind, ()) if given in schema.params],
         "presets": sorted(users),
+        "about": {label: presets.about(users[label]) for label in sorted(users)},
     }
 
 
@@ -136,7 +143,8 @@ def _presets_naming(kind: str, name: str, roots: Sequence[Path]) -> dict[str, Pa
 
 def _load(file: Path) -> Any:
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
+        with presets.fast_yaml():
+            return yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{presets.shown(file)} is not YAML: {' '.join(str(error).split())}") from error
 
@@ -163,18 +171,29 @@ def _preset(group: str, name: str, roots: Sequence[Path]) -> dict[str, Any]:
         "file": presets.shown(file),
         "yaml": text,
         "components": [{"kind": kind, "name": part} for kind in kinds for part in named if part in index()[kind]],
+        "papers": sorted(set(PAPER.findall(text))),
+        "install": [command for package in PACKAGE.findall(text) for command in install(package)],
     }
 
 
 def _rendered(facts: dict[str, Any]) -> str:
     if "yaml" in facts:
         more = [f"mllm-factory describe {part['kind']} {part['name']}" for part in facts["components"]]
+        more += [f"install: {command}" for command in facts["install"]]
+        more += [f"paper: https://arxiv.org/abs/{paper}" for paper in facts["papers"]]
         return "\n".join([facts["file"], "", facts["yaml"].rstrip(), *(["", *more] if more else [])])
     lines = [
         f"{facts['kind']} {facts['name']}  ({facts['class']}, pack {facts['pack'] or 'none'})",
         "",
         facts["doc"],
         "",
+        *([f"libraries: {', '.join(facts['libraries'])}"] if facts["libraries"] else []),
+        *(f"install: {command}" for command in facts["install"]),
+        *(
+            [f"papers: {', '.join(f'https://arxiv.org/abs/{paper}' for paper in facts['papers'])}"]
+            if facts["papers"]
+            else []
+        ),
     ]
     lines.append("options:" if facts["options"] else "options: none")
     for option in facts["options"]:
@@ -183,7 +202,8 @@ def _rendered(facts: dict[str, Any]) -> str:
         lines += textwrap.wrap(option["about"], 110, initial_indent="      ", subsequent_indent="      ")
     if facts["given"]:
         lines.append(f"given by the engine: {', '.join(facts['given'])}")
-    return "\n".join([*lines, f"presets: {', '.join(facts['presets']) or 'none'}"])
+    lines.append("presets:" if facts["presets"] else "presets: none")
+    return "\n".join([*lines, *(f"  {label:34}  {about}".rstrip() for label, about in facts["about"].items())])
 
 
 def complete(verb: str, words: Sequence[str], current: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 checkpoints/step_000200/
   config.yaml          the tree of the run
-  model.safetensors    trained tensors by their names in the model; its metadata: step, identity of the frozen weights
+  model.safetensors    trained tensors by their names in the model; its metadata: step, identity of the frozen weights and of their sources
   trainer.pt           step, optimizer, schedule, random state of every process, counts
   README.md            what this is and how to use it
   manifest.json        size and SHA-256 of every other file: how a damaged checkpoint is told from a good one
@@ -16,6 +16,7 @@ import logging
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mllm_factory import distributed, files, runs
+from mllm_factory import distributed, files, identity, runs
 from mllm_factory.distributed import World
 from mllm_factory.errors import CheckpointError
 from mllm_factory.model import MultimodalModel, state_tensors, trained_tensors
@@ -58,6 +59,11 @@ class Writer:
     frozen: Mapping[str, str]
     keep: int | None
     world: World
+
+    @cached_property
+    def sources(self) -> dict[str, dict[str, str]]:
+        """Revision, licence and checksum of every pretrained source, by its key."""
+        return identity.sources(self.tree)
 
     def save(self, model: MultimodalModel, progress: Mapping[str, Any]) -> Path:
         """Write ``checkpoints/step_<step>``; to be called in every process.
@@ -92,12 +98,13 @@ class Writer:
 
     def _fill(self, tmp: Path, tensors: dict[str, Tensor], progress: Mapping[str, Any]) -> None:
         tree = yaml.safe_dump(dict(self.tree), sort_keys=False, allow_unicode=True)
-        facts = json.dumps({"step": progress["step"], "frozen": dict(self.frozen)}, sort_keys=True)
+        known = {"step": progress["step"], "frozen": dict(self.frozen), "sources": self.sources}
+        facts = json.dumps(known, sort_keys=True)
         (tmp / "config.yaml").write_text(tree, encoding="utf-8")
         save_file(tensors, tmp / "model.safetensors", metadata={META: facts})
         with (tmp / "trainer.pt").open("wb") as file:  # an open file reports a full disk as an OSError
             torch.save(dict(progress), file)
-        (tmp / "README.md").write_text(_readme(self.tree, tensors, progress["step"]), encoding="utf-8")
+        (tmp / "README.md").write_text(_readme(self.tree, tensors, progress["step"], self.sources), encoding="utf-8")
         (tmp / "manifest.json").write_text(json.dumps(runs.manifest(tmp), indent=1), encoding="utf-8")
         for path in [*tmp.iterdir(), tmp]:
             files.flush(path)
@@ -128,10 +135,12 @@ def _publish(tmp: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _readme(tree: Mapping[str, Any], tensors: Mapping[str, Tensor], step: int) -> str:
+def _readme(
+    tree: Mapping[str, Any], tensors: Mapping[str, Tensor], step: int, sources: Mapping[str, Mapping[str, str]]
+) -> str:
     nodes = {part: tree[part] for part in ("vision", "audio", "projector", "backbone") if tree.get(part)}
     parts = "\n".join(f"- {part}: `{node['name']}`" for part, node in nodes.items())
-    bases = "\n".join(f"- {part}: `{node['pretrained']}`" for part, node in nodes.items() if node.get("pretrained"))
+    bases = "\n".join(f"- {identity.shown(key, facts)}" for key, facts in sources.items())
     size = sum(t.numel() for t in tensors.values())
     return (
         f"# {tree['name']}, step {step}\n\n"
@@ -180,10 +189,18 @@ def load(folder: Path, model: MultimodalModel) -> None:
     changed = [part for part, value in facts["frozen"].items() if own_prints.get(part) != value]
     if changed:
         raise CheckpointError(
-            f"the frozen weights of {' and '.join(changed)} are not those that {folder} was trained with; "
-            "restore their `pretrained` source, or for random weights the seed and the library versions"
+            f"the frozen weights of {' and '.join(changed)} are not those that {folder} was trained with"
+            f"{_sources_of(facts, changed)}; restore their `pretrained` source, or for random weights the seed and the library "
+            "versions"
         )
     _copy(saved, own)
+
+
+def _sources_of(facts: Mapping[str, Any], parts: Iterable[str]) -> str:
+    """`` (vision.pretrained: ..., revision ...)``: where the named parts' weights came from, as far as the checkpoint says it."""
+    known = facts.get("sources", {}).items()
+    lines = [identity.shown(key, about) for key, about in known if key.partition(".")[0] in parts]
+    return f" ({'; '.join(lines)})" if lines else ""
 
 
 def initialise(folder: Path, model: MultimodalModel) -> tuple[int, int]:

@@ -28,6 +28,9 @@ VERBS = {
     "evaluate": Verb(
         "launch", "evaluate", "[checkpoint=F] [overrides] [-m]", "evaluate a checkpoint or a composed model"
     ),
+    "imbalance": Verb(
+        "launch", "imbalance", "checkpoint=F [overrides] [-m]", "measure whether a model looks and listens"
+    ),
     "check": Verb(
         "doctor", "check", "[checkpoint=F] [overrides] [--json]", "compose, validate and count, without weights"
     ),
@@ -36,6 +39,15 @@ VERBS = {
         "catalog", "describe", "<group|kind> <name> [--json]", "one preset or component, option by option"
     ),
     "env": Verb("doctor", "env", "[--json]", "versions and hardware, for a bug report"),
+    "report": Verb(
+        "report",
+        "report",
+        "<folder> [<folder> ...] [--columns a,b] [--output DIR] [--json]",
+        "compare the runs of a sweep",
+    ),
+    "export": Verb(
+        "export", "export", "checkpoint=F [merge=true] [output=F]", "write a trained model as a folder of its own"
+    ),
     "completion": Verb("completion", "completion", "bash|zsh|fish", "print a shell's completion script"),
 }
 
@@ -55,6 +67,14 @@ RUN_FLAGS = """\
   --multirun, -m                  one job for each combination of values: key=1,2,3
   --cfg job [--resolve]           print the tree instead of running; --package, -p KEY: a part of it
   --info, --hydra-help            more about how it is composed
+"""
+REPORT_FLAGS = """\
+  --columns A,B                   keys of report.json; default: each metric's main value and the costs
+  --main KEY                      the metric that ranks; default: the first column with a better way
+  --up A,B, --down A,B            keys of which more, or less, is better, where their names do not say so
+  --output DIR                    default: <folder>/report, or ./report of several folders
+  --any                           compare runs that were judged on different data
+  --json                          print JSON; files are written only with --output
 """
 
 
@@ -117,7 +137,8 @@ def usage() -> str:
 def verb_usage(name: str) -> str:
     """The help of one verb."""
     verb = VERBS[name]
-    flags = {"launch": CONFIG_FLAGS + RUN_FLAGS, "doctor": CONFIG_FLAGS if name == "check" else ""}.get(verb.module, "")
+    doctor = CONFIG_FLAGS if name == "check" else ""
+    flags = {"launch": CONFIG_FLAGS + RUN_FLAGS, "doctor": doctor, "report": REPORT_FLAGS}.get(verb.module, "")
     text = f"usage: mllm-factory {name} {verb.arguments}\n\n{verb.summary[0].upper()}{verb.summary[1:]}."
     return f"{text}\n\n{flags}".rstrip()
 

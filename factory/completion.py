@@ -13,7 +13,11 @@ from pathlib import Path
 from mllm_factory.cli import VERBS
 from mllm_factory.errors import UserError, hint
 
-COMPOSED = ("train", "evaluate", "check")
+COMPOSED = ("train", "evaluate", "imbalance", "check")
+EXPORTED = ("checkpoint", "merge", "output", "trust_components")
+"""The options of ``export``."""
+REPORTED = ("--columns", "--main", "--up", "--down", "--output", "--any", "--json")
+"""The flags of ``report``."""
 
 _BASH = """\
 _mllm_factory() {
@@ -71,6 +75,10 @@ def candidates(line: str) -> list[str]:
         return [shell for shell in SCRIPTS if shell.startswith(current)]
     if verb in ("list", "describe"):
         return import_module("mllm_factory.catalog").complete(verb, rest, current)
+    if verb == "export":
+        return [f"{option}=" for option in EXPORTED if option.startswith(current)]
+    if verb == "report":  # folders are the shell's own
+        return [f"{flag} " for flag in REPORTED if flag.startswith(current)] if current.startswith("-") else []
     return _overrides(verb, rest, current) if verb in COMPOSED else []
 
 
@@ -86,6 +94,6 @@ def _overrides(verb: str, words: Sequence[str], current: str) -> list[str]:
     done += [f"hydra.searchpath=[file://{Path(folder).absolute()}]" for folder in folders[-1:]]
     with initialize_config_module("mllm_factory.conf", verb, VERSION_BASE):
         plugin = DefaultCompletionPlugin(GlobalHydra.instance().config_loader())
-        name = "evaluate" if verb == "evaluate" else "train"
+        name = "evaluate" if verb in ("evaluate", "imbalance") else "train"
         found = plugin._query(name, " ".join([*done, current]) if current else " ".join([*done, ""]))
     return [word for word in found if not word.startswith("hydra") or current.startswith("hydra")]

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -45,14 +45,9 @@ def check(argv: Sequence[str]) -> int:
     flags = json_flag(config_flags(Parser())).read(argv)
     problems, report = _examine(flags)
     if flags.json:
-        keys = ("parts", "total", "trainable", "tokens")
         errors = [{"message": p.message, "key": p.key, "origin": p.origin} for p in problems]
         empty: dict[str, Any] = {"parts": {}, "total": 0, "trainable": 0, "tokens": {}}
-        print(
-            json.dumps(
-                {"ok": not problems, "errors": errors, **empty, **{k: report[k] for k in keys if k in report}}, indent=2
-            )
-        )
+        print(json.dumps({"ok": not problems, "errors": errors, **empty, **report}, indent=2))
         return 2 if problems else 0
     if problems:
         raise ConfigError(problems)
@@ -105,12 +100,43 @@ def _print_report(report: dict[str, Any]) -> None:
         table.add_row(part, row["name"], f"{row['total']:,}", f"{row['trainable']:,}")
     table.add_section()
     table.add_row("total", "", f"{report['total']:,}", f"{report['trainable']:,}")
+    costs = Table.grid(padding=(0, 2))
+    costs.add_column()
+    costs.add_column(justify="right")
+    costs.add_column()
+    for line in _costs(report):
+        costs.add_row(*line)
     console = Console()
     console.print(table)
     for modality, tokens in report["tokens"].items():
         console.print(f"one {modality} item: {tokens} tokens")
-    for what, size in report.get("memory", {}).items():
-        console.print(f"{what}: {size / 2**20:,.1f} MiB")
+    console.print(costs)
+    for note in report["notes"]:
+        console.print(f"note: {note}", markup=False, highlight=False)
+
+
+def _costs(report: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """What a step takes: label, number, explanation."""
+    room = report["context"]
+    limit = "no limit" if room["max_positions"] is None else f"{room['max_positions']:,}"
+    yield (
+        "text",
+        f"{room['text']:,}",
+        f"of {room['max_length']:,} tokens beside one item of each encoder; backbone: {limit}",
+    )
+    why = {"activations": "at most: rows of full length, a label on each text token", "peak": "at one moment"}
+    for what, size in report["memory"].items():
+        yield what, _binary(size), why.get(what, "")
+    if "flops_per_step" in report:
+        yield "FLOPs a step", f"{report['flops_per_step']:.3g}", "of one process, the same rows"
+
+
+def _binary(size: int) -> str:
+    """``1.5 GiB``"""
+    value, unit = float(size), 0
+    while value >= 1024 and unit < 4:
+        value, unit = value / 1024, unit + 1
+    return f"{value:,.1f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
 
 
 # ---------------------------------------------------------------- env

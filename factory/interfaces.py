@@ -161,6 +161,10 @@ class Metric(ABC):
     def compute(self) -> dict[str, float]:
         """Flat keys to numbers; the first key is the main one."""
 
+    def tables(self) -> dict[str, list[dict[str, Any]]]:
+        """After ``compute``: tables by name, such as ``samples``, each a list of rows; for what a mean cannot tell."""
+        return {}
+
 
 class Source(ABC):
     """A data set of conversations.

@@ -1,4 +1,4 @@
-"""``train`` and ``evaluate``: check everything first, then hand over to Hydra, which makes folders, sweeps and jobs."""
+"""``train``, ``evaluate`` and ``imbalance``: check everything first, then hand over to Hydra, which makes folders, sweeps and jobs."""
 
 from __future__ import annotations
 
@@ -56,6 +56,11 @@ def evaluate(argv: Sequence[str]) -> int:
         composer, problems, trusted = of_checkpoint(folder, flags, f"_{i}" if len(checkpoints) > 1 else "")
         codes.append(_start(_evaluate_job, "evaluate", composer, flags, problems, registered_only=not trusted))
     return max(codes)
+
+
+def imbalance(argv: Sequence[str]) -> int:
+    """The verb ``imbalance``: ``evaluate`` with ``metrics=imbalance`` unless other metrics are chosen."""
+    return evaluate(argv if any(text.startswith("metrics=") for text in argv) else ["metrics=imbalance", *argv])
 
 
 def _dirs(flags: argparse.Namespace) -> list[str]:

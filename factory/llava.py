@@ -231,7 +231,8 @@ def _picture(width: int, height: int) -> Any:
 
 def _require_equal(model: MultimodalModel, made: Any, token: int, size: int) -> None:
     """Compare the logits of both models on one picture and some words."""
-    pixels = model.encoders["vision"].transform(_picture(size, size))
+    encoder: Any = model.encoders["vision"]
+    pixels = encoder.transform(_picture(size, size))
     count = model.tokens_per_item["vision"]
     words = torch.arange(1, 6)
     ids = torch.cat([words[:2], torch.full((count,), token), words[2:]])[None]

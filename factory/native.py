@@ -106,7 +106,7 @@ def _without_source(part: nn.Module, node: dict[str, Any], kind: type) -> dict[s
     for candidate in candidates:
         try:
             with torch.device("meta"):
-                other = build(kind, candidate)
+                other: Any = build(kind, candidate)
         except ConfigError:
             continue
         if _alike(part, other):

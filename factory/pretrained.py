@@ -49,9 +49,23 @@ def locate(pretrained: str) -> Path | str:
     path = Path(pretrained).expanduser()
     if path.exists():
         return path.resolve()
-    if pretrained.startswith((".", "/", "~")) or path.suffix in SUFFIXES or pretrained.count("/") > 1 or not pretrained:
+    if not is_hub_id(pretrained):
         raise ConfigError(f"'{pretrained}' does not exist: looked for {path.absolute()}{_neighbours(path.absolute())}")
     return _on_hub(pretrained)
+
+
+def is_hub_id(pretrained: str) -> bool:
+    """True for what can only mean a repository of the hub: no package, nothing on this machine, no path by its form."""
+    path = Path(pretrained).expanduser()
+    path_like = pretrained.startswith((".", "/", "~", "pkg://")) or path.suffix in SUFFIXES
+    return bool(pretrained) and not path_like and pretrained.count("/") <= 1 and not path.exists()
+
+
+def cached(repo: str) -> Path | None:
+    """The folder of a hub repository's newest downloaded version, named by its revision; None where there is none."""
+    from huggingface_hub import constants
+
+    return _snapshot(Path(constants.HF_HUB_CACHE), repo)
 
 
 def _in_package(pretrained: str) -> Path:
@@ -85,13 +99,13 @@ def _neighbours(path: Path) -> str:
 def _on_hub(repo: str) -> Path | str:
     from huggingface_hub import constants
 
-    cached = _snapshot(Path(constants.HF_HUB_CACHE), repo)
+    here = cached(repo)
     if on_meta():  # counting needs no weights, so nobody is asked for them
-        return cached or repo
+        return here or repo
     if not constants.HF_HUB_OFFLINE and _reachable(constants.ENDPOINT, int(time.monotonic() // 60)):
         return repo
-    if cached is not None:
-        return cached
+    if here is not None:
+        return here
     why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer"
     raise ConfigError(
         f"'{repo}' is no local folder and the hub cannot be asked for it ({why}); download it elsewhere and give the folder, "

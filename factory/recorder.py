@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import fcntl
+import io
 import json
 import math
 import resource
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -187,3 +189,25 @@ def report(folder: Path, values: Mapping[str, float]) -> Path:
         table.add_row(key, f"{value:,.0f}" if float(value).is_integer() and abs(value) > 1 else f"{value:.4f}")
     console.print(table)
     return path
+
+
+def tables(folder: Path, found: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> list[Path]:
+    """Write ``tables/<metric>_<table>.csv`` of every table with a row, by metric and table; what is not finite is empty."""
+    paths = []
+    for label, of_metric in found.items():
+        for name, rows in of_metric.items():
+            if not rows:
+                continue
+            text = io.StringIO()
+            columns = list(dict.fromkeys(key for row in rows for key in row))
+            writer = csv.DictWriter(text, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
+            paths.append(folder / "tables" / f"{label}_{name}.csv")
+            paths[-1].parent.mkdir(exist_ok=True)
+            files.write(paths[-1], text.getvalue())
+    return paths
+
+
+def _cell(value: Any) -> Any:
+    return "" if isinstance(value, float) and not math.isfinite(value) else value

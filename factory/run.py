@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import yaml
 
-from mllm_factory import distributed, files, randomness, recorder, runs
+from mllm_factory import distributed, estimate, files, randomness, recorder, runs
 from mllm_factory.assemble import (
+    MISFITS,
     Tree,
     build_collator,
     build_engine_node,
@@ -31,6 +31,7 @@ from mllm_factory.errors import ConfigError, Problem
 from mllm_factory.evaluator import evaluate as evaluate_model
 from mllm_factory.features import cache_features
 from mllm_factory.follower import Follower, restore
+from mllm_factory.identity import absent
 from mllm_factory.interfaces import Encoder, Schedule, Source
 from mllm_factory.loader import Order, train_batches
 from mllm_factory.model import MultimodalModel
@@ -38,6 +39,7 @@ from mllm_factory.recorder import Recorder, console
 from mllm_factory.registry import build
 from mllm_factory.trainer import Trainer, TrainState
 from mllm_factory.types import MODALITIES, Batch
+from mllm_factory.weightless import weightless
 
 PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}  # paths stay as they are
 
@@ -101,7 +103,10 @@ def _train(tree: Tree, trainer: Trainer, schedule: Schedule, world: World, start
         trainer.fit(wrapped, state, schedule, batches, follower)
         del batches  # ends the loader's processes
     results = judge(None)
-    values = {**results, **follower.summary(state)}
+    papers = {
+        "parameters/trainable_backbone": float(sum(p.numel() for p in model.backbone.parameters() if p.requires_grad))
+    }
+    values = {**results, **follower.summary(state), **papers}
     if world.leads:
         recorder.report(folder, values)
     return next(iter(results.values()), None)
@@ -166,7 +171,7 @@ def _judge(
         return {}
     size = min(len(source), limit or len(source))
     with recorder.counter("evaluate", size, world.leads) as count:
-        return evaluate_model(
+        results = evaluate_model(
             model,
             source,
             collator,
@@ -179,6 +184,9 @@ def _judge(
             seed=tree["seed"],
             on_batch=count,
         )
+    if world.leads:
+        recorder.tables(Path(tree["output_dir"]), {label: metric.tables() for label, metric in metrics.items()})
+    return results
 
 
 def evaluate(tree: Tree) -> float | None:
@@ -208,11 +216,13 @@ def evaluate(tree: Tree) -> float | None:
 
 
 def check(tree: Tree) -> dict[str, Any]:
-    """Build everything on the meta device, where weights take no memory, and count.
+    """Build everything on the meta device, where weights take no memory, run one training step there, and count.
 
     Returns:
-        ``parts`` (name, total, trainable of each), ``total``, ``trainable``, ``tokens`` (of one item, by modality) and
-        ``memory`` (bytes of weights, gradients and optimizer state at training).
+        ``parts`` (name, total, trainable of each), ``total``, ``trainable``, ``trainable_backbone`` (the language model alone, as
+        papers count), ``tokens`` (of one item, by modality), ``context`` (of ``estimate.context``), ``memory`` (bytes of
+        weights, gradients, optimizer state and activations, and their ``peak`` at one moment), ``flops_per_step`` of one
+        process, and ``notes`` (what is to be downloaded, and what could not be found out).
 
     Raises:
         ConfigError: everything wrong with the parts, at once.
@@ -220,23 +230,39 @@ def check(tree: Tree) -> dict[str, Any]:
     trainer = build_engine_node(Trainer, tree["trainer"], "trainer")
     build(Schedule, tree["schedule"], "schedule")
     _sources(tree)
-    with torch.device("meta"):
+    with weightless():
         model = build_model(tree)
-    build_collator(tree, model)
-    parts = {}
-    for part, module in model.parts().items():
-        node = tree.get(part) or tree["projector"]
-        sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
-        total, trainable = sum(n for n, _ in sizes), sum(n for n, learns in sizes if learns)
-        parts[part] = {"name": node["name"], "total": total, "trainable": trainable}
+    away = absent(tree).items()
+    notes = [f"{key}: {source} is not on this machine; it is downloaded at the first run" for key, source in away]
+    collator = build_collator(tree, model)
+    parts = _count(model, tree)
     if tree.get("checkpoint") is None and not any(part["trainable"] for part in parts.values()):
         trainer.refuse_nothing_to_train()
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    learning = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return {
+    learning = estimate.bytes_of(model, trained=True)
+    memory = {"weights": estimate.bytes_of(model), "gradients": learning, "optimizer": 2 * learning}
+    found = {
         "parts": parts,
         "total": sum(part["total"] for part in parts.values()),
         "trainable": sum(part["trainable"] for part in parts.values()),
+        "trainable_backbone": parts["backbone"]["trainable"],
         "tokens": dict(model.tokens_per_item),
-        "memory": {"weights": weights, "gradients": learning, "optimizer": 2 * learning},
+        "context": estimate.context(model, collator.max_length),
+        "memory": memory,
+        "notes": notes,
     }
+    try:
+        cost = estimate.step(model, trainer, collator.max_length)
+    except MISFITS as error:  # a part's own code may need values
+        notes.append(f"activations and FLOPs: a step cannot run without values ({files.reason(error)[:200]})")
+        return found
+    memory |= {"activations": cost.activations, "peak": cost.peak}
+    return {**found, "flops_per_step": cost.flops}
+
+
+def _count(model: MultimodalModel, tree: Tree) -> dict[str, dict[str, Any]]:
+    parts = {}
+    for part, module in model.parts().items():
+        sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+        total, trainable = sum(n for n, _ in sizes), sum(n for n, learns in sizes if learns)
+        parts[part] = {"name": (tree.get(part) or tree["projector"])["name"], "total": total, "trainable": trainable}
+    return parts

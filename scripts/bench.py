@@ -1,4 +1,4 @@
-"""Measure the project against its alternatives: ``python scripts/bench.py overhead|step|tuning|startup|compose|attention [--json]``.
+"""Measure the project against its alternatives: ``python scripts/bench.py overhead|step|tuning|startup|check|compose|attention [--json]``.
 
 Both sides run alternately on the same machine; the result is the median of the pairwise ratios with the smallest and the
 largest. Speed is reported and never enforced: the exit code is 1 only where the two sides compute different things.

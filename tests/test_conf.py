@@ -75,6 +75,8 @@ def test_a_preset_lists_every_option_of_its_class(file: Path) -> None:
     elif group == "tuning":
         faults = [f for part, strategy in node.items() for f in complete("Tuning", strategy, f"{place}.{part}")]
         assert set(node) == {"vision", "audio", "projector", "backbone"}
+    elif "name" not in node:  # made of other presets
+        faults = [name for name in node["defaults"] if not (file.parent / f"{name}.yaml").exists()]
     else:
         faults = [*complete(KIND_OF[group], node, place)]
     assert faults == []

@@ -74,8 +74,16 @@ USERS = {
 
 @pytest.mark.parametrize(
     "overrides",
-    [["vision=own"], ["projector=own"], ["experiment=nested"], ["experiment=later"], ["experiment=[nested,later]"]]
-    + [["vision=own", "experiment=nested"], ["+vision@extra=timm"], ["metrics=[answer_loss]", "experiment=nested"]],
+    [
+        ["vision=own"],
+        ["projector=own"],
+        ["experiment=nested"],
+        ["experiment=later"],
+        ["experiment=[nested,later]"],
+        ["vision=own", "experiment=nested"],
+        ["+vision@extra=timm"],
+        ["metrics=[answer_loss]", "experiment=nested"],
+    ],
 )
 def test_a_users_tree_is_hydras_too(tmp_path: Path, overrides: list[str]) -> None:
     write(tmp_path, **USERS)

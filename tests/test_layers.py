@@ -17,12 +17,33 @@ LAYERS = [  # a module imports from layers before its own, and from its own
     {"errors", "types", "schema", "randomness"},
     {"packs", "files", "tokens", "interfaces"},
     {"registry", "runs", "media", "pretrained", "template"},
-    {"model", "data", "loader", "distributed", "presets", "identity"},
+    {"model", "data", "loader", "distributed", "presets", "identity", "weightless", "meter"},
     {"checkpoint", "features", "trainer", "recorder"},
     {"assemble", "evaluator", "follower", "estimate"},
     {"run", "llava", "native"},
+    {
+        "report_runs",
+        "report_groups",
+        "report_columns",
+        "report_figures",
+        "report_tables",
+        "report_page",
+        "report_output",
+    },
     {"checks", "flags", "overrides", "merge", "origins", "stored", "config"},
-    {"cli", "completion", "catalog", "doctor", "export", "launch", "testing", "testing_model", "__main__"},
+    {
+        "cli",
+        "completion",
+        "catalog",
+        "doctor",
+        "provenance",
+        "export",
+        "launch",
+        "report",
+        "testing",
+        "testing_model",
+        "__main__",
+    },
 ]
 TORCH_FREE = [
     "errors",
@@ -43,6 +64,8 @@ TORCH_FREE = [
     "doctor",
     "completion",
     "runs",
+    "report",
+    "report_figures",
 ]
 HEAVY = {"open_clip", "peft", "timm", "torchaudio", "transformers", "easy_vqa", "gguf", "torchvision"}
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from toys import COLOURS, Colours, tree
 
 from mllm_factory.assemble import build_collator, build_model
-from mllm_factory.components.metrics.ablation import derangement, identities, select
 from mllm_factory.components.metrics.exact_match import normalise
+from mllm_factory.components.metrics.interventions import derangement, identities, select
 from mllm_factory.data import Collator
 from mllm_factory.errors import ConfigError, DataError
 from mllm_factory.interfaces import Metric
@@ -209,6 +209,18 @@ def test_a_model_that_does_not_look_keeps_its_score() -> None:
     model.looks = False
     full, ablated = run(model, [prompts(collator, *range(8))])
     assert full["exact_match"] == ablated["ablation/vision/exact_match"] == 1.0
+    assert [ablated[f"ablation/vision/exact_match/drop{end}"] for end in ("", "/low", "/high")] == [0.0] * 3
+
+
+def test_what_a_half_looking_model_loses_has_an_interval_by_picture() -> None:
+    """It mistakes green for red: with pictures of four colours, four clusters, the interval is as wide as they differ."""
+    model, collator = reader()
+    model.table = {**model.table, "green": "red"}
+    full, ablated = run(model, [prompts(collator, *range(i, i + 8)) for i in (0, 8, 16)])
+    assert full["exact_match"] == 0.75
+    drop = [ablated[f"ablation/vision/exact_match/drop{end}"] for end in ("/low", "", "/high")]
+    assert drop[1] == pytest.approx(full["exact_match"] - ablated["ablation/vision/exact_match"])
+    assert drop[0] < drop[1] - 0.2 and drop[0] < drop[1] < drop[2] <= 1.0
 
 
 def test_a_model_that_only_looks_loses_everything() -> None:
@@ -217,6 +229,9 @@ def test_a_model_that_only_looks_loses_everything() -> None:
     assert full["exact_match"] == 1.0
     assert ablated == {
         "ablation/vision/exact_match": 0.0,
+        "ablation/vision/exact_match/drop": 1.0,
+        "ablation/vision/exact_match/drop/low": 1.0,
+        "ablation/vision/exact_match/drop/high": 1.0,
         "ablation/vision/samples": 24.0,
         "ablation/vision/skipped": 0.0,
     }
@@ -259,6 +274,9 @@ def test_batches_without_a_stranger_are_counted() -> None:
     _, ablated = run(model, [mostly_red, prompts(collator, 0, 1, 2, 3)])
     assert ablated == {
         "ablation/vision/exact_match": 0.0,
+        "ablation/vision/exact_match/drop": 1.0,
+        "ablation/vision/exact_match/drop/low": 1.0,
+        "ablation/vision/exact_match/drop/high": 1.0,
         "ablation/vision/samples": 4.0,
         "ablation/vision/skipped": 4.0,
     }

@@ -20,6 +20,7 @@ from torch import nn
 
 from mllm_factory import ConfigError, load_matching, locate, on_meta
 from mllm_factory.pretrained import _reachable, read_weights, weights_file
+from mllm_factory.weightless import weightless
 
 
 def net(classes: int = 3) -> nn.Sequential:
@@ -230,6 +231,25 @@ def test_torch_files_that_wrap_or_hold_something_else(tmp_path: Path) -> None:
         read_weights(file)
     with pytest.raises(ConfigError, match="only a language model"):
         read_weights(tmp_path / "w.gguf")
+
+
+# ---------------------------------------------------------------- without memory
+
+
+def test_libraries_imported_while_nothing_takes_memory_keep_their_constants(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "constant_of_mine.py").write_text("import torch\nEPSILON = torch.tensor(1.0)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = list(sys.meta_path)
+    with weightless():
+        from constant_of_mine import EPSILON
+
+        assert on_meta()
+        assert torch.zeros(1).is_meta
+    assert EPSILON.device.type == "cpu"
+    assert not on_meta()
+    assert sys.meta_path == before
 
 
 # ---------------------------------------------------------------- filling

@@ -100,8 +100,9 @@ class HfAudio(Encoder):
 
     def _probe(self) -> Tensor:
         """[1, tokens, dim] without values, with a graph."""
+        transform: Any = self.transform
         with torch.device("cpu"):
-            shape = self.transform((torch.zeros(1, 1), self.transform.windows.rate)).shape
+            shape = transform((torch.zeros(1, 1), transform.windows.rate)).shape
         self.model.eval().requires_grad_(True)
         try:
             with torch.device("meta"), torch.enable_grad():
@@ -117,10 +118,11 @@ class HfAudio(Encoder):
 
     def _frames(self, output: Tensor, config: Any) -> int:
         """Tokens that lie within a window: all, unless they are positions in a fixed time that the window does not fill."""
-        tokens, fixed = output.shape[1], self.transform.fixed
+        transform: Any = self.transform
+        tokens, fixed = output.shape[1], transform.fixed
         if fixed is None or tokens != getattr(config, "max_source_positions", None):
             return tokens
-        return math.ceil(tokens * self.transform.windows.seconds / fixed - 1e-9)
+        return math.ceil(tokens * transform.windows.seconds / fixed - 1e-9)
 
 
 class _ReachedError(Exception):

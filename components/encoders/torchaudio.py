@@ -7,7 +7,7 @@ arXiv:2110.13900. The sizes of every pretrained model are those of torchaudio's 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -84,9 +84,9 @@ class Torchaudio(Encoder):
         return self.model.extract_features(items, num_layers=self.layer + 1)[0][-1]
 
     def _probe(self, seconds: float) -> Tensor:
-        training = self.training
+        training, transform = self.training, cast(Any, self.transform)
         try:
-            return self.eval()(torch.zeros(1, self.transform.samples))
+            return self.eval()(torch.zeros(1, transform.samples))
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(

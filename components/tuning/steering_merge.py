@@ -11,6 +11,8 @@ of the model do the same.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -83,7 +85,8 @@ def fold(change: LowRankMap, linear: nn.Linear) -> None:
 @torch.no_grad()
 def _last_linear(model: MultimodalModel, modality: str) -> nn.Linear | None:
     """The linear layer whose output is the projector's, found by running it on random features; None: there is none."""
-    projector, encoder = model.projectors[modality], model.encoders[modality]
+    projector = model.projectors[modality]
+    encoder: Any = model.encoders[modality]
     weight = next(projector.parameters(), None)
     if weight is None:
         return None
