@@ -63,7 +63,8 @@ def offline(node: Any, tmp_path: Path) -> Any:
         return node
     changed = {key: offline(value, tmp_path) for key, value in node.items()}
     changed |= {"pretrained": None} if "pretrained" in node else {}
-    return changed | ({"path": str(conversations(tmp_path))} if node.get("path") == "???" else {})
+    absent = node.get("name") == "llava_json" and not Path(node["path"]).exists()
+    return changed | ({"path": str(conversations(tmp_path))} if absent else {})
 
 
 def cheap(kind: str, name: str, tmp_path: Path) -> dict[str, Any]:
