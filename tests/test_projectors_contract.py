@@ -22,8 +22,9 @@ def made(preset: str) -> Any:
     node = yaml.safe_load((CONF / f"{preset}.yaml").read_text())
     small = CHEAP / f"{node['name']}.yaml"
     options = yaml.safe_load(small.read_text()) if small.exists() else {}
+    own = {key: value for key, value in options.items() if key not in ("in_dim", "out_dim", "in_tokens")}
     torch.manual_seed(0)
-    return build(Projector, {**node, **options}, in_dim=D, out_dim=D, in_tokens=TOKENS)
+    return build(Projector, {**node, **own}, in_dim=D, out_dim=D, in_tokens=TOKENS)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
