@@ -21,15 +21,17 @@ from mllm_factory.trainer import Trainer
 SHAPE = sizes(256, 6, 8, 8, 768)
 COSINE = {"name": "cosine", "lr": 1e-4}
 CASES: dict[str, tuple[dict[str, Any], float]] = {
-    "monitor, every step": ({"measure_every": 1}, 1.75),
-    "monitor, every 10th step": ({"measure_every": 10}, 1.08),
+    "monitor, every step": ({"measure_every": 1, "act": False}, 1.75),
+    "monitor, every 10th step": ({"measure_every": 10, "act": False}, 1.08),
     "regulariser, every step": ({"weight": 1.0}, 3.2),
 }
 """Options of ``commit``, and the mark: time over that of the plain steps."""
 
 
-def trainer_turn(node: dict[str, Any], schedule: dict[str, Any], batch_size: int, steps: int) -> Callable[[], None]:
-    """A turn of so many training steps of a model of its own."""
+def trainer_turn(
+    node: dict[str, Any], schedule: dict[str, Any], batch_size: int, steps: int, losses: list[float]
+) -> Callable[[], None]:
+    """A turn of so many training steps of a model of its own; the loss of each step is added to ``losses``."""
     model = build_model(node)
     batch = build_collator(node, model)(samples(batch_size))
     trainer = Trainer(max_steps=10**6, device="cpu")
@@ -38,7 +40,9 @@ def trainer_turn(node: dict[str, Any], schedule: dict[str, Any], batch_size: int
 
     def turn() -> None:
         trainer.max_steps = state.step + steps
-        trainer.fit(wrapped, state, built, iter([batch] * steps), lambda state, facts: None)
+        trainer.fit(
+            wrapped, state, built, iter([batch] * steps), lambda state, facts: losses.append(float(facts["loss_sum"]))
+        )
 
     return turn
 
@@ -51,9 +55,12 @@ def run(runs: int | None, small: bool) -> Result:
     node = tree(shape, {"name": "full"})
     for case, (options, mark) in CASES.items():
         schedule = {**COSINE, "name": "commit", "warmup": 0.05, "window": 100, **options}
-        ours = trainer_turn(node, schedule, batch_size, 10)
-        other = trainer_turn(node, COSINE, batch_size, 10)
+        losses: tuple[list[float], list[float]] = ([], [])
+        ours = trainer_turn(node, schedule, batch_size, 10, losses[0])
+        other = trainer_turn(node, COSINE, batch_size, 10, losses[1])
         rows(result, case, turns(ours, other, runs), "<=", mark)
+        if not options.get("act", True):
+            result.checks[f"{case}: losses are those without it"] = losses[0] == losses[1]
     learning = sum(p.numel() for p in build_model(node).parameters() if p.requires_grad)
     result.facts |= {"trainable parameters": learning, "batch": batch_size}
     return result
