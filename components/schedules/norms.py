@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mllm_factory import ASSISTANT, TEXT, Batch, total
 from mllm_factory.components.schedules.balance import Component
+from mllm_factory.components.schedules.balance_turns import gradients, square_sum
 from mllm_factory.components.schedules.probe import Probe, Seen
-
-if TYPE_CHECKING:
-    from mllm_factory import TrainState as TrainState
 
 
 def norms(components: Sequence[Component]) -> dict[str, float]:
     """Norm of each component's gradient (before clipping) and weights."""
     result = {}
     for component in components:
-        grads = [p.grad for p in component.params if p.grad is not None]
-        result[f"grad_norm/{component.name}"] = _norm(grads)
-        result[f"weight_norm/{component.name}"] = _norm([p.detach() for p in component.params])
+        result[f"grad_norm/{component.name}"] = math.sqrt(square_sum(gradients(component)))
+        result[f"weight_norm/{component.name}"] = math.sqrt(square_sum(component.params))
     return result
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return float(torch.stack([t.float().square().sum() for t in tensors]).sum().sqrt()) if tensors else 0.0
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ them so little that bfloat16 rounding would drown it and pull kappa to 1. Nothin
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mllm_factory import IGNORE_INDEX, Batch, ConfigError, MultimodalModel, TrainState, total, untouched
 from mllm_factory.components.schedules.balance import Component
+from mllm_factory.components.schedules.balance_turns import require_whole
 from mllm_factory.components.schedules.distances import distance, sample_sum
 
 
@@ -87,6 +88,7 @@ class Probe:
 
     def __init__(self, model: MultimodalModel, components: Sequence[Component], kind: str, every_batch: bool) -> None:
         _require_float32(model)
+        require_whole(model.parameters())
         self.model, self.components, self.kind, self.every_batch = model, list(components), kind, every_batch
         self.params = [p for component in components for p in component.params]
         self.listening, self.free = False, None  # type: bool, bool | None
@@ -216,8 +218,3 @@ def _require_float32(model: MultimodalModel) -> None:
             f"schedule: weights are {', '.join(sorted(half))}, whose rounding hides what one step changes; "
             "set backbone.dtype=float32 (trainer.precision=bf16 may stay)"
         )
-    with suppress(ImportError):
-        from torch.distributed.tensor import DTensor
-
-        if any(isinstance(p, DTensor) for p in model.parameters()):
-            raise ConfigError("schedule: a balance cannot be measured on sharded weights; set trainer.strategy=ddp")
