@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mllm_factory.registry import build as build
     from mllm_factory.registry import names as names
     from mllm_factory.registry import register as register
+    from mllm_factory.silence import quiet as quiet
     from mllm_factory.template import resolve_template as resolve_template
     from mllm_factory.trainer import TrainState as TrainState
     from mllm_factory.types import ASSISTANT as ASSISTANT
@@ -56,6 +57,7 @@ _HOME = {
     "media": "BLANK",
     "model": "MultimodalModel",
     "pretrained": "load_matching locate on_meta read_weights weights_file",
+    "silence": "quiet",
     "randomness": "untouched",
     "registry": "build names register",
     "template": "resolve_template",

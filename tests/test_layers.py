@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 ENGINE = sorted((ROOT / "factory").glob("*.py"))
 PARTS = sorted((ROOT / "components").rglob("*.py"))
 LAYERS = [  # a module imports from layers before its own, and from its own
-    {"errors", "types", "schema", "randomness"},
+    {"errors", "types", "schema", "randomness", "silence"},
     {"packs", "files", "tokens", "interfaces"},
     {"registry", "runs", "media", "pretrained", "template"},
     {"model", "data", "loader", "distributed", "presets", "identity", "weightless", "meter"},

@@ -10,8 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mllm_factory import ConfigError
-from mllm_factory.components.backbones.quiet import quiet
+from mllm_factory import ConfigError, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

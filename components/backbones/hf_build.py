@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mllm_factory import hint, locate, on_meta
+from mllm_factory import hint, locate, on_meta, quiet
 from mllm_factory.components.backbones.gguf_cache import dequantised, gguf_in
-from mllm_factory.components.backbones.quiet import quiet
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from mllm_factory import ConfigError, locate, on_meta
+from mllm_factory import ConfigError, locate, on_meta, quiet
 from mllm_factory.components.encoders.towers import near, require_agreement
 
 STILL: dict[str, Any] = {
@@ -169,7 +166,7 @@ def filled_tower(empty: Any, name: str, source: Path | str | None) -> nn.Module:
         return kind(empty.config)
     renamed = {rf"^(?:\w+\.)?{name}\.": ""} if name else None
     try:
-        with _quiet():
+        with quiet():
             model, report = kind.from_pretrained(
                 source,
                 config=empty.config,
@@ -208,20 +205,3 @@ def name_of_layers(tower: nn.Module) -> str:
 
 def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Inside, transformers tells errors only; tensors that are not wanted (a decoder, a head) are no news."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
