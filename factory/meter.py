@@ -1,4 +1,4 @@
-"""Two modes under which a training step runs on the meta device: one counts bytes and FLOPs, one acts as real devices do."""
+"""Modes for the meta device: one is quick, one counts the bytes and FLOPs of a training step, one acts as real devices do."""
 
 from __future__ import annotations
 
@@ -30,6 +30,46 @@ LOWERED: frozenset[Any] = frozenset(
 """What autocast computes in the lower precision."""
 
 
+ELEMENTWISE: frozenset[Any] = frozenset(
+    (
+        *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar),
+        *(aten.neg.default, aten.pow.Tensor_Scalar, aten.rsqrt.default, aten.sigmoid.default),
+        *(aten.gelu.default, aten.silu.default, aten.relu.default, aten.tanh.default),
+    )
+)
+"""Operations whose result has the type of their arguments, if that is a floating one."""
+
+
+def quick_result(func: Any, args: Sequence[Any]) -> Tensor | None:
+    """What a frequent operation gives on the meta device, a hundred times sooner than torch's own way to it (0.2 to 1 ms each).
+
+    Returns:
+        None for other operations, and unless all tensors are contiguous, on meta, and of one floating type.
+    """
+    if func is aten.addmm.default:
+        shape = (args[1].shape[0], args[2].shape[1])
+    elif func in ELEMENTWISE:
+        shape = torch.broadcast_shapes(*(x.shape for x in args if isinstance(x, Tensor)))
+    else:
+        return None
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    dtype = tensors[0].dtype
+    plain = dtype.is_floating_point and not any(isinstance(x, complex) for x in args)
+    if not plain or not all(x.is_meta and x.dtype is dtype for x in tensors):
+        return None
+    if func in ELEMENTWISE and not all(x.is_contiguous() for x in tensors):
+        return None
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+class Quick(TorchDispatchMode):
+    """Takes the short way of ``quick_result`` where there is one."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        out = quick_result(func, args)
+        return func(*args, **(kwargs or {})) if out is None else out
+
+
 def storage_of(tensor: Tensor) -> int:
     """What identifies a tensor's storage while that lives."""
     return tensor.untyped_storage()._cdata
@@ -54,7 +94,9 @@ class Meter(TorchDispatchMode):
         self.now = self.most = self.now_activations = self.most_activations = self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = quick_result(func, args)
+        if out is None:
+            out = func(*args, **(kwargs or {}))
         self.flops += _flops(func, args, kwargs or {}, out)
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor) and tensor.is_meta:

@@ -12,6 +12,8 @@ from types import ModuleType
 
 import torch
 
+from mllm_factory.meter import Quick
+
 
 @contextmanager
 def weightless() -> Iterator[None]:
@@ -20,7 +22,8 @@ def weightless() -> Iterator[None]:
     with torch.device("meta"):  # first, because torch imports a part of itself for it
         sys.meta_path.insert(0, finder)
         try:
-            yield
+            with Quick():
+                yield
         finally:
             sys.meta_path.remove(finder)
 
