@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mllm_factory.interfaces import Tuning as Tuning
     from mllm_factory.media import BLANK as BLANK
     from mllm_factory.model import MultimodalModel as MultimodalModel
+    from mllm_factory.pretrained import BUNDLE as BUNDLE
     from mllm_factory.pretrained import load_matching as load_matching
     from mllm_factory.pretrained import locate as locate
     from mllm_factory.pretrained import on_meta as on_meta
@@ -56,7 +57,7 @@ _HOME = {
     "interfaces": "Backbone Encoder Metric Projector Schedule Source Tuning",
     "media": "BLANK",
     "model": "MultimodalModel",
-    "pretrained": "load_matching locate on_meta read_weights weights_file",
+    "pretrained": "BUNDLE load_matching locate on_meta read_weights weights_file",
     "silence": "quiet",
     "randomness": "untouched",
     "registry": "build names register",

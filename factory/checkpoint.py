@@ -78,15 +78,15 @@ class Writer:
             CheckpointError: it cannot be written (full disk, no permission).
         """
         tensors = distributed.on_leader(trained_tensors(model), self.world)
-        return distributed.lead(self.world, lambda: self._save(tensors, progress))
+        return distributed.lead(self.world, lambda: self._save(tensors, progress, sorted(model.carried)))
 
-    def _save(self, tensors: dict[str, Tensor], progress: Mapping[str, Any]) -> Path:
+    def _save(self, tensors: dict[str, Tensor], progress: Mapping[str, Any], carried: list[str]) -> Path:
         folder = runs.folder_of(self.run, progress["step"])
         tmp = folder.with_suffix(".tmp")
         try:
             shutil.rmtree(tmp, ignore_errors=True)
             tmp.mkdir(parents=True)
-            self._fill(tmp, tensors, progress)
+            self._fill(tmp, tensors, progress, carried)
             _publish(tmp, folder)
         except (OSError, SafetensorError, RuntimeError) as error:
             shutil.rmtree(tmp, ignore_errors=True)
@@ -96,10 +96,10 @@ class Writer:
         self._prune(progress["step"])
         return folder
 
-    def _fill(self, tmp: Path, tensors: dict[str, Tensor], progress: Mapping[str, Any]) -> None:
+    def _fill(self, tmp: Path, tensors: dict[str, Tensor], progress: Mapping[str, Any], carried: list[str]) -> None:
         tree = yaml.safe_dump(dict(self.tree), sort_keys=False, allow_unicode=True)
         known = {"step": progress["step"], "frozen": dict(self.frozen), "sources": self.sources}
-        facts = json.dumps(known, sort_keys=True)
+        facts = json.dumps(known | ({"carried": carried} if carried else {}), sort_keys=True)
         (tmp / "config.yaml").write_text(tree, encoding="utf-8")
         save_file(tensors, tmp / "model.safetensors", metadata={META: facts})
         with (tmp / "trainer.pt").open("wb") as file:  # an open file reports a full disk as an OSError
@@ -173,7 +173,9 @@ def load(folder: Path, model: MultimodalModel) -> None:
     Raises:
         CheckpointError: other tensors are trained here, shapes differ, or the frozen weights are not those it was trained on.
     """
-    (saved, facts), own = _read(folder), trained_tensors(model)
+    saved, facts = _read(folder)
+    model.carried = frozenset(facts.get("carried", ()))
+    own = trained_tensors(model)
     if saved.keys() != own.keys():
         lacking, unknown = own.keys() - saved.keys(), saved.keys() - own.keys()
         what = [_some("missing in the checkpoint", lacking), _some("unknown to the model", unknown)]
@@ -221,6 +223,27 @@ def initialise(folder: Path, model: MultimodalModel) -> tuple[int, int]:
         log.warning("init_from: %s", left)
     _copy(both, own)
     return len(both), len(own)
+
+
+def carry(folder: Path, model: MultimodalModel) -> int:
+    """Put all that a checkpoint holds into the model of the next stage, trained there or not; it is saved with that model's own.
+
+    Returns:
+        How many tensors these are.
+
+    Raises:
+        CheckpointError: the model has no place for one.
+    """
+    (saved, _), there = _read(folder), state_tensors(model)
+    homeless = [name for name, t in saved.items() if name not in there or there[name].shape != t.shape]
+    if homeless:
+        raise CheckpointError(
+            f"{_some('tensors', homeless)} that {folder} trained have no place in the next stage; keep the strategies of the "
+            "earlier stage in its tuning (a list: [lora, mores]), or start a run of its own with init_from"
+        )
+    _copy(saved, {name: there[name] for name in saved})
+    model.carried = frozenset(saved)
+    return len(saved)
 
 
 def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -28,7 +28,7 @@ ROOT_KEYS = (
         "trainer",
         "metrics",
     ),
-    *("name", "seed", "output_dir", "resume", "init_from", "trust_components"),
+    *("name", "seed", "output_dir", "resume", "init_from", "trust_components", "stages"),
 )
 """What a tree consists of."""
 

@@ -32,7 +32,10 @@ VERBS = {
         "launch", "imbalance", "checkpoint=F [overrides] [-m]", "measure whether a model looks and listens"
     ),
     "check": Verb(
-        "doctor", "check", "[checkpoint=F] [overrides] [--json]", "compose, validate and count, without weights"
+        "doctor",
+        "check",
+        "[checkpoint=F] [overrides] [--json] [--processes N] [--machine flops=3e14,...]",
+        "compose, validate and count, without weights",
     ),
     "list": Verb("catalog", "list_", "[group|kind] [--components] [--json]", "presets and registered components"),
     "describe": Verb(
@@ -72,6 +75,7 @@ REPORT_FLAGS = """\
   --columns A,B                   keys of report.json; default: each metric's main value and the costs
   --main KEY                      the metric that ranks; default: the first column with a better way
   --up A,B, --down A,B            keys of which more, or less, is better, where their names do not say so
+  --by A,B                        keys of the config that name the configurations; default: those that vary
   --output DIR                    default: <folder>/report, or ./report of several folders
   --any                           compare runs that were judged on different data
   --json                          print JSON; files are written only with --output

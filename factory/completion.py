@@ -16,7 +16,7 @@ from mllm_factory.errors import UserError, hint
 COMPOSED = ("train", "evaluate", "imbalance", "check")
 EXPORTED = ("checkpoint", "merge", "output", "trust_components")
 """The options of ``export``."""
-REPORTED = ("--columns", "--main", "--up", "--down", "--output", "--any", "--json")
+REPORTED = ("--columns", "--main", "--up", "--down", "--output", "--by", "--any", "--json")
 """The flags of ``report``."""
 
 _BASH = """\

@@ -6,16 +6,20 @@ positions carry labels. Too long rows lose text from their end, or are left out 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mllm_factory.cached_items import CachedItems
 from mllm_factory.errors import DataError, listed
 from mllm_factory.interfaces import Encoder
 from mllm_factory.media import BLANK, LOADERS
+from mllm_factory.packing import lay_out
 from mllm_factory.template import ChatTemplate, Segment, Slot, Text
 from mllm_factory.types import IGNORE_INDEX, MODALITIES, PAD, PLACEHOLDERS, TEXT, Batch, Message, Sample
 
@@ -85,6 +89,20 @@ class Collator:
         self.max_length, self.overflow = max_length, overflow
         self.transforms = {modality: encoder.transform for modality, encoder in encoders.items()}
         self._empty: dict[str, Tensor] = {}
+        self.stored: dict[str, CachedItems] = {}
+        self.packs = False
+
+    def for_training(self, packing: bool = False, stored: Mapping[str, CachedItems] | None = None) -> Self:
+        """A collator of the same kind for the batches of training.
+
+        Args:
+            packing: let rows lie side by side in rows of at most ``max_length`` tokens.
+            stored: by modality, what is known of cached features: where those of all items of a batch are there, ``media`` are
+                their places [n] int64 instead of the items, and nothing is decoded.
+        """
+        other = copy.copy(self)
+        other.packs, other.stored = packing, dict(stored or {})
+        return other
 
     # ---------------------------------------------------------------- batches
 
@@ -96,11 +114,26 @@ class Collator:
         Raises:
             DataError: a sample that cannot be used; the message names its id.
         """
-        rows = [(sample, row) for sample in samples if (row := self._training_row(sample)) is not None]
+        places = self._places(samples)
+        rows = [(sample, row) for sample in samples if (row := self._training_row(sample, places)) is not None]
         refused = len(samples) - len(rows)
         if not rows:
             rows = [(Sample("", ()), _Row([self.pad_id], [IGNORE_INDEX], [TEXT], [PAD]))]
-        return self._batch(rows, refused, left=False)
+        batch = self._batch(rows, refused, left=False)
+        if not self.packs:
+            return batch
+        lengths = [len(row.ids) for _, row in rows]
+        return replace(batch, packing=lay_out(lengths, max(lengths), self.max_length))
+
+    def _places(self, samples: Sequence[Sample]) -> dict[str, dict[int, Tensor]]:
+        """By modality and raw item (its ``id``): where its features are, if those of all items are cached."""
+        result = {}
+        for modality, stored in self.stored.items():
+            raws = [raw for sample in samples for raw in sample.media.get(modality, ())]
+            places = stored.all_of(raws) if raws else None
+            if places is not None:
+                result[modality] = {id(raw): place for raw, place in zip(raws, places, strict=True)}
+        return result
 
     def prompts(self, samples: Sequence[Sample]) -> Batch:
         """Everything up to a closing answer, ready to generate it, padded on the left; no labels.
@@ -113,7 +146,7 @@ class Collator:
         """
         rows = []
         for sample in samples:
-            row = self._row(sample, _question(sample), generation_prompt=True)
+            row = self._row(sample, _question(sample), True, {})
             if len(row.ids) <= self.max_length:
                 row.labels = [IGNORE_INDEX] * len(row.ids)
                 rows.append((sample, row))
@@ -126,11 +159,11 @@ class Collator:
 
     # ---------------------------------------------------------------- rows
 
-    def _training_row(self, sample: Sample) -> _Row | None:
+    def _training_row(self, sample: Sample, places: Mapping[str, Mapping[int, Tensor]]) -> _Row | None:
         """The sample's row, or None where it is left out."""
         if not any(m.role == "assistant" and m.text.strip() for m in sample.messages):
             raise DataError(f"sample '{sample.id}' has no answer to learn from: {self._shown(sample)}")
-        row = self._row(sample, sample.messages, generation_prompt=False)
+        row = self._row(sample, sample.messages, False, places)
         if not row.num_labels:
             raise DataError(f"sample '{sample.id}' has no token with a label: {self._shown(sample)}")
         return row if len(row.ids) <= self.max_length else self._shortened(row)
@@ -143,7 +176,13 @@ class Collator:
         row.keep(sorted([*words, *(i for i, code in enumerate(row.modality) if code != TEXT)]))
         return row if row.num_labels else None
 
-    def _row(self, sample: Sample, messages: Sequence[Message], generation_prompt: bool) -> _Row:
+    def _row(
+        self,
+        sample: Sample,
+        messages: Sequence[Message],
+        generation_prompt: bool,
+        places: Mapping[str, Mapping[int, Tensor]],
+    ) -> _Row:
         segments = self._segments(sample, messages, generation_prompt)
         self._check_media(sample, segments)
         items = {modality: iter(raw) for modality, raw in sample.media.items()}
@@ -153,7 +192,9 @@ class Collator:
                 labels = segment.ids if segment.labelled else [IGNORE_INDEX] * len(segment.ids)
                 row.append(segment.ids, labels, TEXT, segment.roles)
                 continue
-            item = self._item(sample, segment.modality, next(items[segment.modality]))
+            raw = next(items[segment.modality])
+            at = places.get(segment.modality)
+            item = self._item(sample, segment.modality, raw) if at is None else at[id(raw)]
             n = len(item) * self.tokens[segment.modality]
             row.append([self.pad_id] * n, [IGNORE_INDEX] * n, MODALITIES[segment.modality], [segment.role] * n)
             row.media.setdefault(segment.modality, []).append(item)
@@ -186,9 +227,12 @@ class Collator:
     def _item(self, sample: Sample, modality: str, raw: Any) -> Tensor:
         """One raw item, decoded and transformed: [m, *item_shape]."""
         try:
-            return self.transforms[modality](LOADERS[modality](raw))
+            item = self.transforms[modality](LOADERS[modality](raw))
         except DataError as error:
             raise DataError(f"sample '{sample.id}': {error}") from error
+        if modality in self.stored:
+            self.stored[modality].learn(raw, item)
+        return item
 
     def _shown(self, sample: Sample, limit: int = 200) -> str:
         """The rendered conversation on one line, shortened."""
@@ -203,18 +247,18 @@ class Collator:
         width = max((len(row.ids) for _, row in rows), default=0)
 
         def padded(lists: Iterable[list[Any]], fill: Any) -> Tensor:
-            blanks = ((values, [fill] * (width - len(values))) for values in lists)
-            return torch.tensor([pad + values if left else values + pad for values, pad in blanks]).reshape(
-                len(rows), width
-            )
+            table = np.full((len(rows), width), fill, np.int64)
+            for line, values in zip(table, lists, strict=True):
+                line[slice(width - len(values), None) if left else slice(len(values))] = values
+            return torch.from_numpy(table)
 
         table = [row for _, row in rows]
         return Batch(
-            input_ids=padded((row.ids for row in table), self.pad_id).long(),
-            labels=padded((row.labels for row in table), IGNORE_INDEX).long(),
-            attention_mask=padded(([True] * len(row.ids) for row in table), False).bool(),
-            modality=padded((row.modality for row in table), TEXT).long(),
-            role=padded((row.role for row in table), PAD).long(),
+            input_ids=padded((row.ids for row in table), self.pad_id),
+            labels=padded((row.labels for row in table), IGNORE_INDEX),
+            attention_mask=padded(([1] * len(row.ids) for row in table), 0).bool(),
+            modality=padded((row.modality for row in table), TEXT),
+            role=padded((row.role for row in table), PAD),
             media={modality: self._stacked(modality, table) for modality in self.transforms},
             media_row={modality: _rows_of(modality, table) for modality in self.transforms},
             ids=tuple(sample.id for sample, _ in rows),

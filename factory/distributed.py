@@ -66,6 +66,7 @@ def joined(device: str, timeout: float) -> Iterator[World]:
 
 
 def _start(device: str, timeout: float) -> World:
+    _require_introduction()
     size = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = _device(device, size)
     if chosen.type == "cuda":
@@ -82,6 +83,16 @@ def _start(device: str, timeout: float) -> World:
     if dist.get_world_size() != size:
         raise RuntimeError(f"{size} processes were announced but {dist.get_world_size()} joined")
     return World(dist.get_rank(), size, chosen)
+
+
+def _require_introduction() -> None:
+    """Refuse processes of ``srun`` that know nothing of each other: each would train a run of its own."""
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1 and "WORLD_SIZE" not in os.environ:
+        raise ConfigError(
+            f"srun started {tasks} processes that know nothing of each other; let it start torchrun, one task a machine "
+            "(--ntasks-per-node=1), as scripts/train.sbatch does"
+        )
 
 
 def _device(name: str, size: int) -> torch.device:

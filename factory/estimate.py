@@ -7,7 +7,7 @@ allocator would need; FLOPs follow from the shapes of the matrix products, each 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +24,26 @@ from mllm_factory.meter import Kernels, Meter, storage_of
 from mllm_factory.model import MultimodalModel
 from mllm_factory.trainer import PRECISIONS, Trainer
 from mllm_factory.types import ASSISTANT, IGNORE_INDEX, MODALITIES, TEXT, USER, Batch
+
+# ---------------------------------------------------------------- what the tuning came to
+
+
+def targets(model: MultimodalModel, tuning: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """By part, each applied strategy's ``name`` and the ``modules`` that it adapts, trains or steers: their full names inside
+    the part, none where it means the part as a whole.
+
+    Args:
+        model: tuning applied.
+        tuning: the tree's node of that name.
+    """
+    found = {}
+    for part, strategies in model.strategies.items():
+        node = tuning.get(part) or tuning["projector"]
+        names = [strategy["name"] for strategy in (node if isinstance(node, list) else [node])]
+        pairs = zip(names, strategies, strict=True)
+        found[part] = [{"name": name, "modules": list(strategy.resolved)} for name, strategy in pairs]
+    return found
+
 
 # ---------------------------------------------------------------- the context
 
@@ -112,6 +132,12 @@ def step(model: MultimodalModel, trainer: Trainer, max_length: int) -> Cost:
     )  # those of the first batch live beside the second's activations
     moment = max(meter.most, gradients, meter.most_activations + repeated)
     return Cost(meter.most_activations, weights + 2 * gradients + moment, meter.flops * trainer.accumulate)
+
+
+def sharding(model: MultimodalModel) -> dict[str, int]:
+    """Bytes of the weights that are gathered at one time: of the largest decoder ``layer``, and of the ``rest`` outside."""
+    layers = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in model.backbone.layers]
+    return {"layer": max(layers), "rest": bytes_of(model) - sum(layers)}
 
 
 def bytes_of(model: MultimodalModel, trained: bool = False) -> int:

@@ -43,6 +43,13 @@ def json_flag(parser: Parser) -> Parser:
     return parser
 
 
+def plan_flags(parser: Parser) -> Parser:
+    """Add what ``check`` plans for: so many processes, on such machines."""
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--machine", default="")
+    return parser
+
+
 def hydra_flags(parser: Parser) -> Parser:
     """Add Hydra's other flags."""
     for names in (("--multirun", "-m"), ("--run", "-r"), ("--resolve",), ("--hydra-help",)):

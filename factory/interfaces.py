@@ -32,8 +32,11 @@ class Encoder(nn.Module, ABC):
         num_tokens: features of one item.
         transform: one raw item (a PIL picture in RGB; for audio a ``(waveform [channels, time], sample rate)`` pair)
             -> [m, *item_shape], m >= 1 items. Deterministic, called in loader workers.
+        absent: when built without memory, what its weights await, in words for the notes of ``check``; None for nothing, and
+            for what lies on the hub, which ``check`` sees by itself.
     """
 
+    absent: str | None = None
     modality: str
     dim: int
     num_tokens: int
@@ -81,8 +84,12 @@ class Backbone(nn.Module, ABC):
         """[B, T] -> [B, T, D]"""
 
     @abstractmethod
-    def forward(self, embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """[B, T, D], [B, T] bool -> hidden states after the final norm [B, T, D]; None means no padding."""
+    def forward(self, embeds: Tensor, attention_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """[B, T, D], [B, T] bool -> hidden states after the final norm [B, T, D]; None means no padding.
+
+        ``positions`` [B, T] int64 is given where a row holds several samples, one after the other: it starts again from 0 with
+        each, and no sample may see another. A backbone that cannot do this leaves the argument out; ``packing`` is then refused.
+        """
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
@@ -105,7 +112,14 @@ class Backbone(nn.Module, ABC):
 
 
 class Tuning(ABC):
-    """How one part learns."""
+    """How one part learns.
+
+    ``apply`` sets:
+        resolved: full names, inside the part, of the modules that the strategy adapts, trains or steers; none where it means
+            the part as a whole. ``check`` prints them, so that a user sees what a short name in a config came to.
+    """
+
+    resolved: Sequence[str] = ()
 
     @abstractmethod
     def apply(self, part: nn.Module, model: MultimodalModel) -> None:
@@ -121,7 +135,13 @@ class Schedule(ABC):
 
     Optimizer groups carry the part's name in ``group["part"]``, and in ``group["name"]`` the name that rates go by, which is
     ``projector`` for both projectors.
+
+    Class or instance attributes say what it needs:
+        reads_media: True if it looks at the items in ``state.batches[i].media``; else, where features are cached, these may be
+            places in the cache, [n] int64, which only the encoder understands.
     """
+
+    reads_media: bool = False
 
     @abstractmethod
     def before_step(self, state: TrainState) -> None:
@@ -171,9 +191,12 @@ class Source(ABC):
 
     ``__init__`` sets:
         modalities: the media modalities its samples may carry, such as ``{"vision"}``.
+        near: where samples that follow one another lie in one large file: how many each file holds, in order, and how many
+            samples an epoch mixes at a time, so that few files are read at once. None: an epoch mixes all.
     """
 
     modalities: frozenset[str]
+    near: tuple[Sequence[int], int] | None = None
 
     @abstractmethod
     def __len__(self) -> int:

@@ -18,13 +18,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from mllm_factory import presets, runs
+from mllm_factory import presets, runs, stages, sweep_command
 from mllm_factory.cli import show
 from mllm_factory.config import VERSION_BASE, Composed, Composer, plain
 from mllm_factory.errors import ConfigError, Problem, UserError
 from mllm_factory.flags import Parser, config_flags, hydra_flags, shown
 from mllm_factory.overrides import expand, is_choice, origin, parse, quoted
 from mllm_factory.stored import PRIMARY, store
+from mllm_factory.sweep_space import one_by_one
 
 MOST_CHECKED = 256
 """Combinations of a sweep that are checked before the first job starts."""
@@ -35,14 +36,14 @@ _origin: list[Callable[[str], str]] = []
 
 def train(argv: Sequence[str]) -> int:
     """The verb ``train``."""
-    flags = hydra_flags(config_flags(Parser())).read(argv)
+    flags = _sweeping(hydra_flags(config_flags(Parser())).read(argv), "train")
     composer = Composer(flags.config_name or "train", _dirs(flags), flags.config_path, keep=flags.multirun)
     return _start(_train_job, "train", composer, flags)
 
 
 def evaluate(argv: Sequence[str]) -> int:
     """The verb ``evaluate``: with ``checkpoint=F`` that checkpoint's config is the tree."""
-    flags = hydra_flags(config_flags(Parser())).read(argv)
+    flags = _sweeping(hydra_flags(config_flags(Parser())).read(argv), "evaluate")
     checkpoints, rest = split_checkpoint(flags.overrides)
     if not checkpoints:
         composer = Composer(flags.config_name or "evaluate", _dirs(flags), flags.config_path, keep=flags.multirun)
@@ -51,8 +52,13 @@ def evaluate(argv: Sequence[str]) -> int:
         raise ConfigError(Problem("several checkpoints; add -m to evaluate one after the other", "checkpoint"))
     flags.overrides = rest
     flags.multirun = flags.multirun and any(override.is_sweep_override() for override in parse(rest)[0])
+    if flags.sweep_resume and not flags.multirun:
+        raise ConfigError(Problem("nothing is swept here; leave it out", "sweep.resume"))
+    if flags.multirun and not any(text.startswith("hydra/launcher=") for text in rest):
+        flags.overrides = ["hydra/launcher=processes", *rest]  # a checkpoint's config says nothing about that
     codes = []
     for i, folder in enumerate(checkpoints):
+        flags.fixed = [f"checkpoint={os.path.abspath(folder)}"]
         composer, problems, trusted = of_checkpoint(folder, flags, f"_{i}" if len(checkpoints) > 1 else "")
         codes.append(_start(_evaluate_job, "evaluate", composer, flags, problems, registered_only=not trusted))
     return max(codes)
@@ -65,6 +71,46 @@ def imbalance(argv: Sequence[str]) -> int:
 
 def _dirs(flags: argparse.Namespace) -> list[str]:
     return [flags.config_dir] if flags.config_dir else []
+
+
+# ---------------------------------------------------------------- sweeps
+
+
+def _sweeping(flags: argparse.Namespace, verb: str) -> argparse.Namespace:
+    """Flags with ``sweep.<option>`` read; ``sweep.resume=<folder>`` alone takes the overrides from that sweep's folder."""
+    flags.overrides, flags.sweep_resume = sweep_command.split(flags.overrides, flags.multirun)
+    flags.fixed, flags.given = [], list(flags.overrides)
+    if flags.sweep_resume not in (None, "auto") and all(
+        text.lstrip("+").startswith(("hydra.", "hydra/")) for text in flags.overrides
+    ):
+        call = sweep_command.stored(Path(flags.sweep_resume), verb)
+        before = hydra_flags(config_flags(Parser())).read([*call.flags, "-m", *call.fixed, *call.overrides])
+        flags.overrides = [*before.overrides, *(text for text in flags.overrides if text not in before.overrides)]
+        for name in ("config_path", "config_name", "config_dir"):
+            setattr(flags, name, getattr(flags, name) or getattr(before, name))
+    return flags
+
+
+def _call(flags: argparse.Namespace, verb: str) -> sweep_command.Call:
+    """The command line as the jobs of a sweep repeat it, whatever folder they are in."""
+    given = []
+    for flag in ("config_path", "config_name", "config_dir"):
+        value = getattr(flags, flag)
+        path = value and flag != "config_name" and "://" not in value
+        given += [f"--{flag.replace('_', '-')}", os.path.abspath(value) if path else value] if value else []
+    own = split_checkpoint(flags.given)[1] if flags.fixed else flags.given
+    return sweep_command.Call(verb, given, flags.fixed, own)
+
+
+def _resumed(flags: argparse.Namespace, parsed: Sequence[Override], composed: Composed) -> list[str]:
+    """Hydra's overrides that continue a sweep."""
+    if not flags.sweep_resume:
+        return []
+    own = [str(override.value()) for override in parsed if override.key_or_group == "hydra.sweep.dir"]
+    if flags.sweep_resume != "auto":
+        return sweep_command.resumed(Path(flags.sweep_resume).absolute())
+    folder = Path(own[-1]) if own else sweep_command.newest((composed.tree or {})["output_dir"])
+    return sweep_command.resumed(folder.absolute())
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -119,11 +165,16 @@ def _start(
         composed = _check_sweep(parsed, composer, [*problems, *unread], registered_only, verb == "evaluate")
     else:
         composed = composer.compose(flags.overrides)
-        wrong = composed.problems if printing else composed.check(registered_only, verb == "evaluate")
+        wrong = composed.problems
+        if not printing:
+            wrong = stages.problems_of(composer, flags.overrides, composed, registered_only, verb == "evaluate")
         _refuse([*problems, *wrong])
     handed = [*composer.handed(parsed), *_run_overrides(parsed, composed, verb, flags.multirun)]
+    handed += _resumed(flags, parsed, composed)
+    sweep_command.sweep_by(_call(flags, verb))
+    stages.compose_by(composer)
     _origin[:] = [] if flags.multirun else [composed.origin]
-    argv = [*printing, *(["--multirun"] if flags.multirun else []), *(["--run"] if flags.run else [])]
+    argv = [*printing, *(["--multirun"] if flags.multirun and not printing else []), *(["--run"] if flags.run else [])]
     argv += ["--config-dir", os.path.abspath(flags.config_dir)] if flags.config_dir else []
     return _hand_over(task, composer, [*argv, *handed])
 
@@ -158,13 +209,15 @@ def _check_sweep(
     if fixed.tree is None:
         _refuse([*problems, *fixed.problems])
         return fixed
-    combinations = [[str(o.input_line) for o in parsed if not o.is_sweep_override()]]
+    swept, unread = parse(f"{key}={value}" for key, value in (fixed.sweep or {}).items())
+    problems += unread
     if fixed.choices.get("hydra/sweeper") == "basic":
-        swept, unread = parse(f"{key}={value}" for key, value in fixed.sweep.items())
-        problems += unread
         combinations = expand([*swept, *parsed], MOST_CHECKED)
+    else:  # values that a sweeper is yet to combine
+        combinations = one_by_one([*swept, *parsed])[:MOST_CHECKED]
     for combination in combinations:
-        problems += composer.compose(combination).check(registered_only, evaluates)
+        composed = composer.compose(combination)
+        problems += stages.problems_of(composer, combination, composed, registered_only, evaluates)
     _refuse(problems)
     return fixed
 
@@ -206,9 +259,9 @@ def _hand_over(task: Callable[[DictConfig], Any], composer: Composer, argv: Sequ
 
 
 def _train_job(cfg: DictConfig) -> float | None:
-    from mllm_factory import run
+    from mllm_factory import run, staged
 
-    return _job(run.train, cfg)
+    return _job(staged.train if cfg.get("stages") else run.train, cfg)
 
 
 def _evaluate_job(cfg: DictConfig) -> float | None:
@@ -225,7 +278,7 @@ def _job(run: Callable[[dict[str, Any]], float | None], cfg: DictConfig) -> floa
         tree = plain(cfg, job.runtime.choices)
         if int(os.environ.get("RANK", "0")) == 0:
             tree["output_dir"] = job.runtime.output_dir
-        return run(tree)
+        return run(stages.whole(tree, job.overrides.task))
     except UserError as error:
         show(located(error), f"job {job.job.num}: " if sweeping else "")
         if not sweeping:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import count, pairwise
+from itertools import accumulate, count, pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -28,8 +28,9 @@ WINDOW = 16
 class Order:
     """Sample indices of every micro-batch of an endless run: ``order[g]`` for g = 0, 1, ...
 
-    Each epoch is a random permutation of which a remainder smaller than a batch is left out. The permutation is cut into
-    windows of ``bucket`` batches; a window is sorted by length, cut into batches, and its batches are shuffled.
+    Each epoch is a random permutation (of files, then of so many neighbours, where ``near`` says so) of which a remainder
+    smaller than a batch is left out. The permutation is cut into windows of ``bucket`` batches; a window is sorted by length,
+    cut into batches, and its batches are shuffled.
 
     Args:
         size: samples of the source.
@@ -37,15 +38,23 @@ class Order:
         seed: of every permutation.
         length: tokens of the sample at an index; None leaves windows unsorted.
         bucket: batches of a window; 1 turns sorting off.
+        near: of the source.
 
     Raises:
         DataError: the source is empty.
     """
 
     def __init__(
-        self, size: int, batch_size: int, seed: int, length: Length | None = None, bucket: int = WINDOW
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        length: Length | None = None,
+        bucket: int = WINDOW,
+        near: tuple[Sequence[int], int] | None = None,
     ) -> None:
         _check_size(size)
+        self._near = near
         self.size, self.batch_size, self.seed, self.bucket = size, min(batch_size, size), seed, bucket
         self._length = length if bucket > 1 else None
         self._lengths: dict[int, int] = {}
@@ -68,13 +77,24 @@ class Order:
     def _batches(self, epoch: int, window: int) -> list[list[int]]:
         if self._epoch[0] != epoch:
             used = self.per_epoch * self.batch_size
-            self._epoch = (epoch, _permutation(self.size, self.seed, epoch)[:used])
+            order = (
+                _permutation(self.size, self.seed, epoch) if self._near is None else self._by_file(epoch, *self._near)
+            )
+            self._epoch = (epoch, order[:used])
         span = self.bucket * self.batch_size
         indices = self._epoch[1][window * span : (window + 1) * span]
         if self._length is None:
             return _cut(indices, self.batch_size)
         batches = _cut(sorted(indices, key=self._length_of), self.batch_size)
         return [batches[i] for i in _permutation(len(batches), self.seed, epoch, window)]
+
+    def _by_file(self, epoch: int, sizes: Sequence[int], mix: int) -> list[int]:
+        """File after file in random order; of that row, each window of ``mix`` samples is mixed."""
+        ends = list(accumulate(sizes))
+        files = _permutation(len(ends), self.seed, epoch, -1)
+        row = [i for f in files for i in range(ends[f] - sizes[f], ends[f])]
+        windows = _cut(row, mix)
+        return [w[i] for n, w in enumerate(windows) for i in _permutation(len(w), self.seed, epoch, -2, n)]
 
     def _length_of(self, index: int) -> int:
         if index not in self._lengths and self._length is not None:

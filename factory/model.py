@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
@@ -28,7 +29,9 @@ class MultimodalModel(nn.Module):
         encoders, projectors: by modality.
         template: the backbone's chat template.
         strategies: by part, the tuning strategies that were applied to it, in order.
+        carried: names of tensors that an earlier stage of the run trained: saved with what is trained now.
         batch: the batch in flight, for hooks that steer or observe by ``batch.modality``; None between calls.
+        unpacked: True while the decoder layers are to see a batch row by row, whatever its ``packing`` says.
     """
 
     def __init__(
@@ -42,6 +45,8 @@ class MultimodalModel(nn.Module):
         self.tokens_per_item = {name: projector.num_tokens for name, projector in projectors.items()}
         self.strategies: dict[str, list[Tuning]] = {}
         self.batch: Batch | None = None
+        self.carried: frozenset[str] = frozenset()
+        self.unpacked = False
 
     def parts(self) -> dict[str, nn.Module]:
         """The parts by name, in data order: the vocabulary of tuning, learning rates and reports."""
@@ -54,14 +59,25 @@ class MultimodalModel(nn.Module):
 
         Hidden states are gathered before the head: no [B, T, V] tensor exists. ``features`` as in ``embed``.
         """
+        batch = replace(batch, packing=None) if self.unpacked else batch
         keep = F.pad(batch.labels[:, 1:] != IGNORE_INDEX, (0, 1)).flatten()  # [B * T]
         places = keep.nonzero()[:, 0]  # [N]; found first, because a device has to finish its work for it
         with self._sees(batch):
-            hidden = self.backbone(self.embed(batch, features), self._mask(batch))  # [B, T, D]
-        scores = self.backbone.logits(hidden.flatten(0, 1).index_select(0, places))  # [N, V]
+            hidden = self._decoded(self.embed(batch, features), batch).flatten(0, 1)
+        there = places if batch.packing is None else batch.packing.place.flatten()[places]
+        scores = self.backbone.logits(hidden.index_select(0, there))  # [N, V]
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         loss_sum = F.cross_entropy(scores, batch.labels.flatten()[places + 1], reduction="sum")
         return Output(loss_sum, keep.sum(), scores if logits else None)
+
+    def _decoded(self, embeds: Tensor, batch: Batch) -> Tensor:
+        """Hidden states [B, T, D], or [R, L, D] where the batch is packed."""
+        if batch.packing is None:
+            return self.backbone(embeds, self._mask(batch))
+        packed = embeds.flatten(0, 1).index_select(0, batch.packing.source.flatten())
+        return self.backbone(
+            packed.view(*batch.packing.source.shape, embeds.shape[-1]), positions=batch.packing.position
+        )
 
     @contextmanager
     def _sees(self, batch: Batch | None) -> Iterator[None]:
@@ -198,11 +214,16 @@ def state_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes: trainable parameters, and the running statistics that belong to them. Names as in the model."""
+    """What training changes: trainable parameters, and the running statistics that belong to them. Names as in the model.
+
+    What earlier stages of the run changed (``carried``) counts as well.
+    """
     tensors: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for prefix, module in model.named_modules():
         if any(p.requires_grad for p in module.parameters(recurse=False)):
             tensors |= {f"{prefix}.{name}".lstrip("."): module.get_buffer(name) for name in _own_buffers(module)}
+    if carried := getattr(model, "carried", None):
+        tensors |= {name: tensor for name, tensor in state_tensors(model).items() if name in carried}
     return tensors
 
 

@@ -22,6 +22,9 @@ from mllm_factory.errors import ConfigError
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".gguf")
 """Endings of files that hold weights."""
 
+BUNDLE = "bundle"
+"""The value of ``pretrained`` that stands for what a component's own library offers for download."""
+
 PROBE_SECONDS = 3.0
 """How long a hub may take to answer at all."""
 
@@ -56,6 +59,8 @@ def locate(pretrained: str) -> Path | str:
 
 def is_hub_id(pretrained: str) -> bool:
     """True for what can only mean a repository of the hub: no package, nothing on this machine, no path by its form."""
+    if pretrained == BUNDLE:
+        return False
     path = Path(pretrained).expanduser()
     path_like = pretrained.startswith((".", "/", "~", "pkg://")) or path.suffix in SUFFIXES
     return bool(pretrained) and not path_like and pretrained.count("/") <= 1 and not path.exists()

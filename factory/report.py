@@ -35,14 +35,14 @@ def report(argv: Sequence[str]) -> int:
     """The verb ``report``."""
     parser = json_flag(Parser())
     parser.add_argument("folders", nargs="*")
-    for flag in ("--columns", "--main", "--up", "--down", "--output"):
+    for flag in ("--columns", "--main", "--by", "--up", "--down", "--output"):
         parser.add_argument(flag)
     parser.add_argument("--any", action="store_true")
     flags = parser.read(argv)
     if not flags.folders:
         raise UserError("report takes a sweep folder or run folders, such as: report outputs/<name>/sweep_<date_time>")
-    columns, up, down = (_listed(text) for text in (flags.columns, flags.up, flags.down))
-    made = make(flags.folders, columns, flags.main, up, down, flags.any)
+    columns, up, down, by = (_listed(text) for text in (flags.columns, flags.up, flags.down, flags.by))
+    made = make(flags.folders, columns, flags.main, up, down, flags.any, by)
     written = None
     if flags.output or not flags.json:
         only = flags.folders[0] if len(flags.folders) == 1 else "."
@@ -66,6 +66,7 @@ def make(
     up: Sequence[str] = (),
     down: Sequence[str] = (),
     any_data: bool = False,
+    by: Sequence[str] = (),
 ) -> Report:
     """Read the runs of some folders and compare them.
 
@@ -75,6 +76,7 @@ def make(
         main: the key that ranks; None: the first column in which a way is better.
         up: keys of which more is better; ``down``: less. Others go by their names.
         any_data: compare runs that were judged on different data.
+        by: keys of the config that name the configurations; empty: those that vary.
 
     Raises:
         UserError: no runs, different data, or a key that no run reports.
@@ -88,7 +90,7 @@ def make(
     both = sorted({*up} & {*down})
     if both:
         raise UserError(f"--up and --down: '{both[0]}' is in both; leave it in one")
-    groups = grouped(found)
+    groups = grouped(found, by)
     ways = {key: direction(key, up, down) for key in chosen(found, columns)}
     main = main_of(ways, groups, main)
     ways |= {main: direction(main, up, down)} if main else {}
@@ -100,11 +102,12 @@ def make(
 
 def _write(made: Report, output: Output) -> Path:
     """Write everything; the page's path."""
-    from mllm_factory.report_figures import pictures
+    from mllm_factory.report_figures import pictures, rendered
+    from mllm_factory.report_samples import sample_plans
 
     gc.enable()  # figures are large and full of cycles
     way = made.columns.get(made.main or "", NEITHER)
-    drawn = list(pictures(made.groups, list(made.columns), made.main, way))
+    drawn = [*pictures(made.groups, list(made.columns), made.main, way), *rendered(sample_plans(made.groups))]
     contents: dict[str, str | bytes] = {"report.html": html(made, drawn), "report.md": markdown(made)}
     contents["report.json"] = json.dumps(facts(made), indent=1) + "\n"
     contents |= {f"tables/{name}": text for name, text in tables(made).items()}

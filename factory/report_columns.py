@@ -25,6 +25,7 @@ _UP = re.compile(r"exact_match|(^|_)(accuracy|f1|bleu|rouge|cider|samples_per_se
 _DOWN = re.compile(r"(^|_)(loss|perplexity|wer|cer|error|seconds|bytes)($|_)")
 _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 _COUNTS = ("samples", "refused", "clusters")
+_BALANCE = re.compile(r"balance/(kappa|kappa_average|grad_rel_norm)(/|$)")
 _LAYER = re.compile(r"(.+)/layer_(\d+)$")
 _HEAD = re.compile(r"(.+)/layer_(\d+)/head_(\d+)$")
 _MEDIA = ("vision", "audio")
@@ -96,6 +97,17 @@ def main_of(columns: Mapping[str, int], groups: Sequence[Group], wanted: str | N
         return wanted
     metrics = [key for key in columns if key in known and key not in COSTS]
     return next((key for key in metrics if columns[key] != NEITHER), metrics[0] if metrics else None)
+
+
+def over_steps(known: Sequence[str], columns: Sequence[str]) -> list[str]:
+    """Keys of ``metrics.jsonl`` that are drawn: ``loss``, what was evaluated on the way of the columns, and the balance."""
+    wanted = ["loss", *(f"eval/{column}" for column in columns), *filter(on_log_axis, known)]
+    return [key for key in wanted if key in known]
+
+
+def on_log_axis(key: str) -> bool:
+    """Whether a key over steps is a ratio of sizes."""
+    return bool(_BALANCE.match(key))
 
 
 def layers(keys: Sequence[str]) -> list[tuple[str, int]]:

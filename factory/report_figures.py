@@ -1,16 +1,16 @@
 """Figures of a report: learning curves, the Pareto front, curves over layers, maps of heads, bars with intervals.
 
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart; line styles and markers differ as well.
+Colours are those of Okabe and Ito, for colour-blind readers; line styles and markers differ as well.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mllm_factory.report_columns import DOWN, NEITHER, heads, layers
+from mllm_factory.report_columns import DOWN, NEITHER, heads, layers, on_log_axis, over_steps
 from mllm_factory.report_groups import Group, pareto
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A7A00")
@@ -24,6 +24,13 @@ RATIOS = ("lmar", "aei")
 
 SHARES = "attention_share"
 """The family whose members are parts of a whole."""
+
+RUNS_AND_MEAN = "A thin line for each run, a thick one for the mean over seeds."
+NOTES = {
+    "kappa": "Above 1 the language model's step moved the answers more than the encoder's. ",
+    "grad_rel_norm": "Gradient over weights, to be read within one part over time: not across parts or models. ",
+}
+"""What belongs under a curve, by a word of its key."""
 
 _POINTS = 1000
 _GREY = "#BBBBBB"
@@ -42,7 +49,9 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
+    """A figure to be drawn: ``draw`` fills a matplotlib figure of ``size`` inches."""
+
     name: str
     section: str
     title: str
@@ -53,6 +62,11 @@ class _Plan:
 
 def pictures(groups: Sequence[Group], columns: Sequence[str], main: str | None, way: int) -> Iterator[Picture]:
     """Every figure that the runs have numbers for, configurations in the order given."""
+    return rendered(_plans(groups, columns, main, way))
+
+
+def rendered(plans: Iterable[Plan]) -> Iterator[Picture]:
+    """Draw figures, all in one style."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -60,7 +74,7 @@ def pictures(groups: Sequence[Group], columns: Sequence[str], main: str | None, 
 
     fixed: Any = {"svg.hashsalt": "mllm-factory", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(fixed):
-        for plan in _plans(groups, columns, main, way):
+        for plan in plans:
             figure = Figure(figsize=plan.size, layout="constrained")
             plan.draw(figure)
             png, svg = io.BytesIO(), io.BytesIO()
@@ -69,22 +83,23 @@ def pictures(groups: Sequence[Group], columns: Sequence[str], main: str | None, 
             yield Picture(plan.name, plan.section, plan.title, plan.caption, png.getvalue(), svg.getvalue())
 
 
-def _plans(groups: Sequence[Group], columns: Sequence[str], main: str | None, way: int) -> Iterator[_Plan]:
+def _plans(groups: Sequence[Group], columns: Sequence[str], main: str | None, way: int) -> Iterator[Plan]:
     done = [group for group in groups if group.done]
     cost = "parameters/trainable"
     if main is not None and way != NEITHER and sum(main in g.values and cost in g.values for g in done) > 1:
         caption = "Filled: no other configuration is as good with as few trainable parameters."
-        yield _Plan("pareto", "pareto", f"{main} against {cost}", caption, lambda f: _pareto(f, done, main, way))
-    for key in _curves(groups, columns):
-        caption = "A thin line for each run, a thick one for the mean over seeds."
-        yield _Plan(f"curve_{_stem(key)}", "curves", f"{key} over training", caption, _later(_curve, groups, key))
+        yield Plan("pareto", "pareto", f"{main} against {cost}", caption, lambda f: _pareto(f, done, main, way))
+    logged = dict.fromkeys(key for g in groups for run in g.runs for line in run.lines for key in line)
+    for key in over_steps(list(logged), columns):
+        caption = next((text for word, text in NOTES.items() if word in key), "") + RUNS_AND_MEAN
+        yield Plan(f"curve_{_stem(key)}", "curves", f"{key} over training", caption, _later(_curve, groups, key))
     keys = list(dict.fromkeys(key for group in done for key in group.values))
     yield from _layer_plans(done, keys)
     for family, members in _intervals(keys).items():
         caption = "Bars: mean. Whiskers: the interval that each run reports; over several seeds from its lowest to its highest end."
         height = 1.2 + 0.18 * len(members) * (min(len(done), MOST) + 1)
         draw = _later(_bars, done[:MOST], members)
-        yield _Plan(f"bars_{_stem(family)}", "intervals", family, caption, draw, (7.0, min(height, 40.0)))
+        yield Plan(f"bars_{_stem(family)}", "intervals", family, caption, draw, (7.0, min(height, 40.0)))
 
 
 def _later(draw: Callable[..., None], *given: Any) -> Callable[[Any], None]:
@@ -110,12 +125,6 @@ def _legend(figure: Any, axes: Any) -> None:
 # ---------------------------------------------------------------- training
 
 
-def _curves(groups: Sequence[Group], columns: Sequence[str]) -> list[str]:
-    """``loss``, and what was evaluated on the way of the columns."""
-    known = {key for group in groups for run in group.runs for line in run.lines for key in line}
-    return [key for key in ("loss", *(f"eval/{column}" for column in columns)) if key in known]
-
-
 def points(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
     """(step, value) of the lines that have a number there; thinned to a thousand, the last one kept."""
     found = [(line["step"], float(line[key])) for line in lines if isinstance(line.get(key), int | float)]
@@ -139,7 +148,7 @@ def _curve(figure: Any, groups: Sequence[Group], key: str) -> None:
             at = [dict(curve) for curve in of_runs]
             means = [sum(curve[step] for curve in at) / len(at) for step in shared]
             axes.plot(shared, means, **style, **single, linewidth=2.0, label=group.label if i < MOST else None)
-    axes.set(xlabel="step", ylabel=key)
+    axes.set(xlabel="step", ylabel=key, yscale="log" if on_log_axis(key) else "linear")
     axes.xaxis.get_major_locator().set_params(integer=True)
     _legend(figure, axes)
 
@@ -165,7 +174,7 @@ def _pareto(figure: Any, groups: Sequence[Group], main: str, way: int) -> None:
 # ---------------------------------------------------------------- layers and heads
 
 
-def _layer_plans(groups: Sequence[Group], keys: Sequence[str]) -> Iterator[_Plan]:
+def _layer_plans(groups: Sequence[Group], keys: Sequence[str]) -> Iterator[Plan]:
     bases: dict[str, list[int]] = {}
     for base, layer in layers(keys):
         bases.setdefault(base, []).append(layer)
@@ -174,18 +183,18 @@ def _layer_plans(groups: Sequence[Group], keys: Sequence[str]) -> Iterator[_Plan
     if len(parts) > 1:
         caption = "Mean attention of the answers' rows, by group of keys. Attention is no proof of use: see the counterfactuals."
         size = _grid_size(len(panels))
-        yield _Plan(
+        yield Plan(
             "layers_shares", "by_layer", "Attention shares by layer", caption, _later(_stack, panels, parts), size
         )
     for base in bases:
         log = base.partition("/")[0] in RATIOS
         caption = "Logarithmic axis; at 1 a media token gets as much as a text token." if log else ""
         draw = _later(_over_layers, groups, base, log)
-        yield _Plan(f"layers_{_stem(base)}", "by_layer", f"{base} by layer", caption, draw)
+        yield Plan(f"layers_{_stem(base)}", "by_layer", f"{base} by layer", caption, draw)
     for base in dict.fromkeys(base for base, _, _ in heads(keys)):
         draw = _later(_head_maps, [g for g in panels if _of_heads(g, base)], base)
         size = _grid_size(len(panels))
-        yield _Plan(f"heads_{_stem(base)}", "by_layer", f"{base} by layer and head", "Means over samples.", draw, size)
+        yield Plan(f"heads_{_stem(base)}", "by_layer", f"{base} by layer and head", "Means over samples.", draw, size)
 
 
 def _grid_size(panels: int) -> tuple[float, float]:
@@ -234,12 +243,8 @@ def _stack(figure: Any, groups: Sequence[Group], bases: Sequence[str]) -> None:
         for i, base in enumerate(bases):
             found = _of_layers(group, base)
             bottoms = [under.get(n, 0.0) for n, _ in found]
-            style = {
-                "color": COLOURS[i % 8],
-                "hatch": ("", "//", "..", "xx")[i % 4],
-                "edgecolor": "white",
-                "width": 0.9,
-            }
+            fill, hatch = COLOURS[i % 8], ("", "//", "..", "xx")[i % 4]
+            style = {"color": fill, "hatch": hatch, "edgecolor": "white", "width": 0.9}
             axes.bar(
                 [n for n, _ in found], [v for _, v in found], bottom=bottoms, label=base.partition("/")[2], **style
             )

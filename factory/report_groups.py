@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mllm_factory.errors import UserError, hint
 from mllm_factory.report_runs import DONE, Run
 
 NEITHER = ("seed", "output_dir", "resume", "name", "checkpoint", "trust_components")
@@ -63,29 +64,37 @@ class Group:
         return ", ".join(words) or (f"{len(self.runs)} runs" if several else ", ".join(run.label for run in self.runs))
 
 
-def grouped(found: Sequence[Run]) -> list[Group]:
-    """Configurations in the order of their first run."""
-    parts = _same_tree(found)
-    keys = _varying(found)
+def grouped(found: Sequence[Run], by: Sequence[str] = ()) -> list[Group]:
+    """Configurations in the order of their first run, named by some keys of their trees; none: by what was overridden and varies.
+
+    Raises:
+        UserError: no run has one of the keys.
+    """
+    for key in by:
+        if all(_setting(run, key) == ABSENT for run in found):
+            raise UserError(f"--by: no run's config has '{key}'{hint(key, [*found[0].tree, *_flat(found[0])])}")
+    parts = _same_tree(found, by)
+    keys = list(by) or _varying(found)
     names = [{key: _setting(part[0], key) for key in keys} for part in parts]
     _tell_apart(parts, names)
     return [Group(name, part, _values(part)) for name, part in zip(names, parts, strict=True)]
 
 
-def _same_tree(found: Sequence[Run]) -> list[list[Run]]:
-    """Runs with equal trees but for the seed. Where a seed comes twice, other checkpoints were evaluated: those are split."""
+def _same_tree(found: Sequence[Run], by: Sequence[str]) -> list[list[Run]]:
+    """Runs with equal trees but for the seed, and alike in ``by``. Where a seed comes twice, other checkpoints were evaluated: those are split."""
     parts: dict[str, list[Run]] = {}
     for run in found:
         tree = {key: value for key, value in run.tree.items() if key not in NEITHER}
         known = tree or {"": str(run.folder)}  # nothing is known of it, so it is like no other
+        known |= {f"--by {key}": _setting(run, key) for key in by}
         parts.setdefault(json.dumps(known, sort_keys=True, default=str), []).append(run)
     split: list[list[Run]] = []
     for part in parts.values():
         twice = max(Counter(str(run.seed) for run in part).values()) > 1
-        by: dict[str, list[Run]] = {}
+        apart: dict[str, list[Run]] = {}
         for run in part:
-            by.setdefault(str(run.tree.get("checkpoint")) if twice else "", []).append(run)
-        split += by.values()
+            apart.setdefault(str(run.tree.get("checkpoint")) if twice else "", []).append(run)
+        split += apart.values()
     return split
 
 

@@ -14,10 +14,16 @@ SECTIONS = {
     "curves": "Training",
     "by_layer": "Attention by layer",
     "intervals": "Values with intervals",
+    "samples": "Samples",
 }
 """The parts of the page that hold figures, in order."""
 
 CAUTION = "Attention says where a model looks, not whether it matters; read it beside the counterfactual values."
+
+OVERLAY = (
+    "Maps and bars: the attention of the rows that predict the answer, mean over heads, rows and layers, of each token of the "
+    "item. A map's colours go from 0 to its own maximum; share is the sum over the item's tokens."
+)
 
 
 def html(report: Report, pictures: Sequence[Picture]) -> str:
@@ -37,7 +43,7 @@ def html(report: Report, pictures: Sequence[Picture]) -> str:
         data=lambda picture: "data:image/svg+xml;base64," + base64.b64encode(picture.svg).decode(),
         best=BEST,
         front=FRONT,
-        caution=CAUTION if any(p.section == "by_layer" for p in pictures) else "",
+        cautions={SECTIONS["by_layer"]: CAUTION, SECTIONS["samples"]: f"{OVERLAY} {CAUTION}"},
     )
 
 
@@ -102,7 +108,7 @@ figcaption { font-size: .875rem; color: #444; }
 {% endif %}
 {% for title, pictures in sections %}
 <h2>{{ title }}</h2>
-{% if title == 'Attention by layer' %}<p>{{ caution }}</p>{% endif %}
+{% if title in cautions %}<p>{{ cautions[title] }}</p>{% endif %}
 {% for picture in pictures %}
 <figure>
 <img src="{{ data(picture) }}" alt="{{ picture.title }}">

@@ -24,12 +24,13 @@ from mllm_factory.errors import UserError
 MARKER = ".mllm-factory-report.json"
 """The file by which a folder is known to hold a report and no run."""
 
-DONE, RUNNING, WAITING, FAILED, INTERRUPTED, UNFINISHED = (
+DONE, RUNNING, WAITING, FAILED, INTERRUPTED, PRUNED, UNFINISHED = (
     "done",
     "running",
     "waiting",
     "failed",
     "interrupted",
+    "pruned",
     "unfinished",
 )
 """The states of a job. ``unfinished``: neither at work nor done, and no launcher wrote down whether it failed or was stopped."""
@@ -146,7 +147,7 @@ def _read(folder: Path, label: str) -> Run:
         choices=((inner.get("runtime") or {}).get("choices")) or {},
         values=_numbers(values) if state == DONE else {},
         lines=list(_lines(folder / "metrics.jsonl")),
-        cause=str(job.get("cause") or "") if state in (FAILED, INTERRUPTED) else "",
+        cause=str(job.get("cause") or "") if state in (FAILED, INTERRUPTED, PRUNED) else "",
     )
 
 
@@ -157,7 +158,7 @@ def _state(folder: Path, job: Mapping[str, Any], reported: bool) -> str:
     status = job.get("status")
     if reported and not (status == FAILED and _time(folder / "job.json") >= _time(folder / "report.json")):
         return DONE
-    return status if status in (WAITING, FAILED, INTERRUPTED) else UNFINISHED
+    return status if status in (WAITING, FAILED, INTERRUPTED, PRUNED) else UNFINISHED
 
 
 def held(path: Path) -> bool:

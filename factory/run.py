@@ -24,7 +24,8 @@ from mllm_factory.assemble import (
     build_source,
     length_of,
 )
-from mllm_factory.checkpoint import Writer, fingerprints, initialise, load, read_progress
+from mllm_factory.cached_items import CachedItems
+from mllm_factory.checkpoint import Writer, carry, fingerprints, initialise, load, read_progress
 from mllm_factory.data import Collator
 from mllm_factory.distributed import World
 from mllm_factory.errors import ConfigError, Problem
@@ -55,7 +56,7 @@ def train(tree: Tree) -> float | None:
     with distributed.joined(trainer.device, trainer.timeout) as world, ExitStack() as held:
         tree = {**tree, "output_dir": distributed.lead(world, lambda: str(tree["output_dir"]))}
         start = distributed.lead(world, lambda: _open(tree, held))
-        return _train(tree, trainer, schedule, world, start)
+        return train_in(tree, trainer, schedule, world, start)
 
 
 def _open(tree: Tree, held: ExitStack) -> Path | None:
@@ -82,13 +83,22 @@ def _open(tree: Tree, held: ExitStack) -> Path | None:
     return start
 
 
-def _train(tree: Tree, trainer: Trainer, schedule: Schedule, world: World, start: Path | None) -> float | None:
-    folder, sources = Path(tree["output_dir"]), _sources(tree)
+def train_in(
+    tree: Tree, trainer: Trainer, schedule: Schedule, world: World, start: Path | None, before: Path | None = None
+) -> float | None:
+    """A training in a world and a folder that is held.
+
+    Args:
+        start: the checkpoint to continue from.
+        before: the checkpoint of the stage before; not looked at where ``start`` is given.
+    """
+    folder, sources = Path(tree["output_dir"]), read_sources(tree)
     model = build_model(tree)
     collator = build_collator(tree, model)
-    _initialise(tree, model, start)
+    _initialise(tree, model, start, before)
     writer = Writer(folder, tree, fingerprints(model), trainer.keep, world)
-    _cache_features(model, trainer, folder, world)
+    cached = _cache_features(model, trainer, folder, world)
+    collate = collator.for_training(trainer.packing, {} if schedule.reads_media else cached)
     wrapped, state = trainer.prepare(model, world)
     randomness.seed_all(randomness.seed_of(tree["seed"], f"process {world.rank}"))
     progress = read_progress(start) if start is not None else {}
@@ -99,7 +109,7 @@ def _train(tree: Tree, trainer: Trainer, schedule: Schedule, world: World, start
     judge = partial(_judge, tree, model, sources.get("eval"), collator, trainer, world)
     with Recorder(folder, trainer.max_steps, state.step, trainer.tensorboard, world.leads) as lines:
         follower = Follower(trainer, schedule, writer, lines, judge, progress.get("counts", {}))
-        batches = _batches(tree, sources["train"], collator, trainer, state)
+        batches = _batches(tree, sources["train"], collate, trainer, state)
         trainer.fit(wrapped, state, schedule, batches, follower)
         del batches  # ends the loader's processes
     results = judge(None)
@@ -114,7 +124,9 @@ def _train(tree: Tree, trainer: Trainer, schedule: Schedule, world: World, start
 
 def _batches(tree: Tree, source: Source, collator: Collator, trainer: Trainer, state: TrainState) -> Iterator[Batch]:
     """This process's batches from the state's step on."""
-    order = Order(len(source), trainer.batch_size, tree["seed"], length_of(source, collator), trainer.bucket)
+    order = Order(
+        len(source), trainer.batch_size, tree["seed"], length_of(source, collator), trainer.bucket, source.near
+    )
     world = state.world
     return train_batches(
         source,
@@ -128,7 +140,7 @@ def _batches(tree: Tree, source: Source, collator: Collator, trainer: Trainer, s
     )
 
 
-def _sources(tree: Tree) -> dict[str, Source]:
+def read_sources(tree: Tree) -> dict[str, Source]:
     """Data first: reading it costs little, and most mistakes are there."""
     encoders = {name for name in MODALITIES if tree.get(name)}
     wanted = ["train", *(["eval"] if tree["data"].get("eval") else [])]
@@ -138,22 +150,29 @@ def _sources(tree: Tree) -> dict[str, Source]:
     return {key: build_source(tree, key, encoders) for key in wanted}
 
 
-def _initialise(tree: Tree, model: MultimodalModel, start: Path | None) -> None:
+def _initialise(tree: Tree, model: MultimodalModel, start: Path | None, before: Path | None) -> None:
     if start is not None:
         load(start, model)
+    elif before is not None:
+        console.print(f"took {carry(before, model)} tensors of {before}", **PLAIN)
     elif tree.get("init_from"):
         taken, of = initialise(runs.resolve(tree["init_from"]), model)
         console.print(f"init_from: took {taken} of {of} trained tensors", **PLAIN)
 
 
-def _cache_features(model: MultimodalModel, trainer: Trainer, folder: Path, world: World) -> None:
+def _cache_features(model: MultimodalModel, trainer: Trainer, folder: Path, world: World) -> dict[str, CachedItems]:
+    """Let frozen encoders remember features, if that is wanted; by modality, what loader workers may know of them."""
+    cached = {}
     for name, encoder in model.encoders.items() if trainer.cache_features else ():
-        if not cache_features(cast(Encoder, encoder), folder / "features" / f"{name}_{world.rank}.f32"):
+        file = folder / "features" / f"{name}_{world.rank}.f32"
+        if not cache_features(cast(Encoder, encoder), file):
             raise ConfigError(
                 Problem(
                     f"features change while {name} is trained; freeze it or set this to false", "trainer.cache_features"
                 )
             )
+        cached[name] = CachedItems(file)
+    return cached
 
 
 def _judge(
@@ -220,8 +239,11 @@ def check(tree: Tree) -> dict[str, Any]:
 
     Returns:
         ``parts`` (name, total, trainable of each), ``total``, ``trainable``, ``trainable_backbone`` (the language model alone, as
-        papers count), ``tokens`` (of one item, by modality), ``context`` (of ``estimate.context``), ``memory`` (bytes of
-        weights, gradients, optimizer state and activations, and their ``peak`` at one moment), ``flops_per_step`` of one
+        papers count), ``targets`` (of ``estimate.targets``), ``tokens`` (of one item, by modality), ``context`` (of
+        ``estimate.context``), ``memory`` (bytes of weights, gradients, optimizer state and activations, and their ``peak`` at
+        one moment), ``sharding`` (bytes of the largest decoder ``layer`` and of the ``rest`` outside of layers), ``samples``
+        of the training data, ``features`` (bytes of one item's cached features, by modality), ``trainer`` (its
+        ``batch_size``, ``accumulate``, ``strategy`` and ``save_every``), ``flops_per_step`` of one
         process, and ``notes`` (what is to be downloaded, and what could not be found out).
 
     Raises:
@@ -229,11 +251,14 @@ def check(tree: Tree) -> dict[str, Any]:
     """
     trainer = build_engine_node(Trainer, tree["trainer"], "trainer")
     build(Schedule, tree["schedule"], "schedule")
-    _sources(tree)
+    sources = read_sources(tree)
     with weightless():
         model = build_model(tree)
     away = absent(tree).items()
     notes = [f"{key}: {source} is not on this machine; it is downloaded at the first run" for key, source in away]
+    encoders: dict[str, Encoder] = dict(model.encoders.items())  # type: ignore[arg-type]  # a ModuleDict forgets the kind
+    inner = ((name, module) for name, encoder in encoders.items() for module in encoder.modules())
+    notes += [f"{name}: {module.absent}" for name, module in inner if isinstance(module, Encoder) and module.absent]
     collator = build_collator(tree, model)
     parts = _count(model, tree)
     if tree.get("checkpoint") is None and not any(part["trainable"] for part in parts.values()):
@@ -245,9 +270,14 @@ def check(tree: Tree) -> dict[str, Any]:
         "total": sum(part["total"] for part in parts.values()),
         "trainable": sum(part["trainable"] for part in parts.values()),
         "trainable_backbone": parts["backbone"]["trainable"],
+        "targets": estimate.targets(model, tree["tuning"]),
         "tokens": dict(model.tokens_per_item),
         "context": estimate.context(model, collator.max_length),
         "memory": memory,
+        "sharding": estimate.sharding(model),
+        "samples": len(sources["train"]),
+        "trainer": {name: getattr(trainer, name) for name in ("batch_size", "accumulate", "strategy", "save_every")},
+        "features": {name: 4 * encoder.num_tokens * encoder.dim for name, encoder in encoders.items()},
         "notes": notes,
     }
     try:

@@ -5,6 +5,7 @@ outputs/<name>/<date_time>/
   metrics.jsonl          one line a logged step
   report.json            the evaluation at the end
   checkpoints/step_000200/
+  stages/1_projector/    of a run of several stages (``staged``): a run each, and no checkpoints beside them
 """
 
 from __future__ import annotations
@@ -42,6 +43,17 @@ def steps(run: Path) -> dict[int, Path]:
     return dict(sorted(found))
 
 
+def stage_folder(run: Path, index: int, name: str) -> Path:
+    """Where a run keeps a stage, counted from 0."""
+    return run / "stages" / f"{index + 1}_{name}"
+
+
+def stages(run: Path) -> list[Path]:
+    """A run's stages in order; empty where it has none."""
+    found = [path for path in (run / "stages").glob("*_*") if path.name.partition("_")[0].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.partition("_")[0]))
+
+
 # ---------------------------------------------------------------- whole or not
 
 
@@ -77,14 +89,17 @@ def _sha256(path: Path) -> str:
 
 
 def latest(run: Path) -> Path | None:
-    """The newest undamaged checkpoint of a run folder; a damaged one is skipped with a warning. None where there is none."""
+    """The newest undamaged checkpoint of a run, or of its last stage that has one; None where there is none.
+
+    A damaged one is skipped with a warning.
+    """
     _restore_old(run / "checkpoints")
     for folder in reversed(steps(run).values()):
         fault = damage(folder)
         if fault is None:
             return folder
         log.warning("skipping the damaged checkpoint %s: %s", folder, fault)
-    return None
+    return next((found for stage in reversed(stages(run)) if (found := latest(stage)) is not None), None)
 
 
 def _restore_old(checkpoints: Path) -> None:
@@ -132,7 +147,8 @@ def find_run(resume: str, tree: Mapping[str, Any]) -> Path | None:
                 f"{found} lies in no run folder (<run>/checkpoints/step_<n>), so there is no run to continue; "
                 "start a new one from it with init_from"
             )
-        return found.parent.parent
+        own, whole = found.parent.parent, found.parents[3]
+        return whole if own.parent == whole / "stages" and Path(resume).resolve() == whole.resolve() else own
     here = Path(tree["output_dir"])
     siblings = sorted(here.parent.glob("*"), reverse=True) if here.parent.name == tree["name"] else []
     return next((run for run in (here, *siblings) if (run / "config.yaml").is_file()), None)

@@ -16,6 +16,7 @@ from mllm_factory.distributed import World
 from mllm_factory.errors import ConfigError, DataError, hint
 from mllm_factory.interfaces import Schedule
 from mllm_factory.model import MultimodalModel, learns
+from mllm_factory.packing import require_packable
 from mllm_factory.types import Batch
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -64,6 +65,7 @@ class Trainer:
         timeout: seconds that a process waits for the others.
         gradient_checkpointing: recompute decoder layers in the backward pass.
         cache_features: keep a frozen encoder's features on disk in the run's folder.
+        packing: let the samples of a batch share rows in the backbone, each by itself in attention and positions.
         bucket: windows of so many batches are sorted by length; 1 does not sort.
         workers: data loader processes.
         log_every, eval_every, save_every: in optimizer steps; ``eval_every`` None evaluates at the end only.
@@ -90,6 +92,7 @@ class Trainer:
         timeout: float = 1800.0,
         gradient_checkpointing: bool = False,
         cache_features: bool = False,
+        packing: bool = False,
         bucket: int = 16,
         workers: int = 0,
         log_every: int = 10,
@@ -104,7 +107,7 @@ class Trainer:
         self.betas = [0.9, 0.99] if betas is None else betas
         self.precision, self.device, self.strategy, self.timeout = precision, device, strategy, timeout
         self.gradient_checkpointing, self.cache_features = gradient_checkpointing, cache_features
-        self.bucket, self.workers = bucket, workers
+        self.packing, self.bucket, self.workers = packing, bucket, workers
         self.log_every, self.eval_every, self.eval_limit = log_every, eval_every, eval_limit
         self.save_every, self.keep, self.tensorboard = save_every, keep, tensorboard
         self._validate()
@@ -133,10 +136,12 @@ class Trainer:
         """Put a model on its device, wrap it for its processes and make its optimizer.
 
         Raises:
-            ConfigError: nothing is trainable.
+            ConfigError: nothing is trainable, or ``packing`` with a backbone that mixes up packed samples.
         """
         if not learns(model):
             self.refuse_nothing_to_train()
+        if self.packing:
+            require_packable(model.backbone)
         if self.gradient_checkpointing:
             model.checkpoint_activations()
         wrapped = distributed.wrap(model.train(), world, self.strategy)

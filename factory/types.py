@@ -58,6 +58,25 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """Where the positions of a batch [B, T] lie in the rows [R, L] that the decoder layers see.
+
+    Attributes:
+        place: [B, T] int64, r * L + l of each position; 0 on padding.
+        source: [R, L] int64, b * T + t of what lies there; 0 where nothing does.
+        position: [R, L] int64, counted from the start of the sample; where nothing lies, from 0 on too.
+    """
+
+    place: Tensor
+    source: Tensor
+    position: Tensor
+
+    def each(self, change: Any) -> Self:
+        """The same with every tensor changed."""
+        return type(self)(*map(change, (self.place, self.source, self.position)))
+
+
+@dataclass(frozen=True)
 class Batch:
     """Samples as tensors. Lengths are final: nothing changes them inside the model.
 
@@ -73,6 +92,7 @@ class Batch:
         references: the samples' reference answers, one a row.
         refused: how many samples were left out because they are longer than ``max_length`` allows.
         left_padded: True where some row starts with padding; found out once, on the CPU.
+        packing: how rows lie side by side while the decoder layers run; None: as they are.
     """
 
     input_ids: Tensor
@@ -86,6 +106,7 @@ class Batch:
     references: tuple[str, ...] = ()
     refused: int = 0
     left_padded: bool | None = None
+    packing: Packing | None = None
 
     def __post_init__(self) -> None:
         if self.left_padded is None:
@@ -94,7 +115,16 @@ class Batch:
     def _each(self, change: Any) -> Self:
         tensors: dict[str, Any] = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
         dicts: dict[str, Any] = {k: {m: change(t) for m, t in getattr(self, k).items()} for k in ("media", "media_row")}
-        return replace(self, **tensors, **dicts)
+        return replace(self, **tensors, **dicts, packing=self.packing and self.packing.each(change))
+
+    def laid_out(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """Rows and columns [n] of the batch as rows and columns of what the decoder layers see, and its number of both."""
+        B, T = self.input_ids.shape
+        if self.packing is None:
+            return rows, columns, (B, T)
+        R, L = self.packing.source.shape
+        place = self.packing.place[rows, columns]
+        return place // L, place % L, (R, L)
 
     def to(self, device: Any) -> Self:
         """The same batch on another device; the copy is asynchronous where the memory is pinned."""

@@ -1,4 +1,4 @@
-"""Measure the project against its alternatives: ``python scripts/bench.py overhead|step|tuning|startup|check|compose|attention [--json]``.
+"""Measure the project against its alternatives: ``python scripts/bench.py NAME [--json]``; ``--help`` tells the names.
 
 Both sides run alternately on the same machine; the result is the median of the pairwise ratios with the smallest and the
 largest. Speed is reported and never enforced: the exit code is 1 only where the two sides compute different things.
@@ -25,6 +25,9 @@ BENCHES = {
     "startup": "CPU time and memory of the command line's quick verbs",
     "check": "time and memory of checking models that no laptop holds",
     "compose": "composition and validation of a tree against bare Hydra",
+    "sweep": "a job of a sweep against the same training by hand, two at a time against one after the other",
+    "data": "start on a large file, one worker, data's share of a step",
+    "packing": "packed rows against padded ones",
     "attention": "a forward with attention statistics against one without, and against eager maps",
 }
 DOCS = Path(__file__).parents[1] / "docs" / "benchmarks.md"

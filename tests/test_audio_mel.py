@@ -53,7 +53,8 @@ def test_tokens_are_their_formula() -> None:
     assert (part.num_tokens, part.dim) == (15, 12)
     for token in (0, 7, 14):
         z = torch.einsum("nct,dct->nd", h[:, :, 7 * token : 7 * token + 7], part.conv2.weight) + part.conv2.bias
-        expected = torch.nn.functional.layer_norm(torch.nn.functional.gelu(z) + part.positions[token], (12,))
+        found = torch.nn.functional.layer_norm(torch.nn.functional.gelu(z), (12,))
+        expected = torch.nn.functional.layer_norm(found + part.positions[token], (12,))
         torch.testing.assert_close(part(mel)[:, token], expected, atol=1e-5, rtol=1e-5)
 
 
@@ -77,6 +78,7 @@ def test_a_recording_of_any_kind_gives_items() -> None:
         ({"dim": 0}, "dim: 0 is no width"),
         ({"stride": 101}, "stride: 101 is not within the window's 100 frames"),
         ({"stride": 0}, "stride: 0"),
+        ({"blocks": -1}, "blocks: -1 are none"),
         ({"seconds": 0.001}, "seconds: 0.001 s hold no frame"),
         ({"rate": -1}, "rate: -1"),
     ],
@@ -85,3 +87,20 @@ def test_bad_options(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says) as caught:
         encoder(**options)
     assert "\n" not in str(caught.value)
+
+
+def test_blocks_reach_two_tokens_further_each() -> None:
+    """And a block is z + gelu(conv_5(norm(z))), spelled out at one token."""
+    for blocks in (0, 1, 2):
+        part = encoder(blocks=blocks)
+        items = torch.randn(1, 40, 100, generator=torch.Generator().manual_seed(1))
+        changed = items.clone()
+        changed[..., 7 * 7 + 3] += 1.0  # within token 7, and no neighbour's convolution over frames
+        with torch.no_grad():
+            moved = (part(changed) != part(items)).any(2)[0].nonzero()[:, 0].tolist()
+        assert moved == list(range(7 - 2 * blocks, 7 + 2 * blocks + 1))
+    (block,) = encoder(blocks=1).blocks
+    z = torch.randn(1, 9, 12)
+    normed = torch.nn.functional.layer_norm(z, (12,))[0]
+    summed = sum(block.conv.weight[:, :, i] @ normed[4 + i - 2] for i in range(5)) + block.conv.bias
+    torch.testing.assert_close(block(z)[0, 4], z[0, 4] + torch.nn.functional.gelu(summed))

@@ -126,3 +126,13 @@ def test_small_presets_learn_at_once_from_scratch(name: str) -> None:
         losses.append(float(loss.detach()))
     assert 4 < losses[0] < 12  # ln 261 = 5.6 would be even odds
     assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.parametrize("architecture", ["internlm2", "openelm"])
+def test_what_transformers_does_not_have_is_refused_and_the_page_says_what_to_use(architecture: str) -> None:
+    with pytest.raises(ConfigError, match=f"transformers has no causal language model '{architecture}'"):
+        build(Backbone, {"name": "hf", "architecture": architecture, "tokenizer": "bytes"})
+    page = " ".join((FOLDER.parents[1] / "docs" / "backbones.md").read_text(encoding="utf-8").split())
+    (line,) = [part for part in page.split(". ") if part.startswith("Instead of") and architecture in part.lower()]
+    instead = {word.strip("`,").removeprefix("backbone=") for word in line.split() if word.startswith("`")}
+    assert instead & PRESETS.keys()

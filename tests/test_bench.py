@@ -135,6 +135,16 @@ def test_compose_gives_the_same_tree() -> None:
 
 
 @pytest.mark.slow
+def test_check_counts_without_weights() -> None:
+    """The process of a check holds little more than the libraries that it imports."""
+    found = bench("check")
+    check_shape(found, "check", {"smoke"})
+    (memory,) = [row for row in found["rows"] if row["unit"] == "MB"]
+    assert memory["mark"] == 1500.0
+    assert memory["ratio"]["median"] < 1.5
+
+
+@pytest.mark.slow
 def test_startup_never_imports_torch() -> None:
     check_shape(bench("startup"), "startup", {"--help", "list", "completion", "config error"})
 

@@ -232,6 +232,22 @@ def test_what_is_on_the_hub_is_noted_and_nobody_is_asked(monkeypatch: pytest.Mon
     assert found["notes"] == [message]
 
 
+def test_what_torchaudio_offers_is_noted_with_its_address_and_place(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    tree = ["experiment=smoke", "vision=null", "audio=torchaudio_mini", "audio.pretrained=bundle", "data=sounds"]
+    name = "wav2vec2_fairseq_base_ls960.pth"
+    place = tmp_path / "hub" / "checkpoints" / name
+    assert checked(*tree)["notes"] == [
+        f"audio: bundle is not on this machine; the first run downloads https://download.pytorch.org/torchaudio/models/{name}; "
+        f"without network, put it at {place}, or set pretrained to the path of such weights, or to null for random ones"
+    ]
+    place.parent.mkdir(parents=True)
+    place.touch()
+    assert checked(*tree)["notes"] == []
+
+
 def test_thirteen_billion_parameters_take_seconds_and_no_memory(
     run_cli: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:

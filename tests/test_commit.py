@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from mllm_factory.assemble import build_collator, build_model
 from mllm_factory.components.schedules.balance import partition
 from mllm_factory.components.schedules.commit import PATIENCE
 from mllm_factory.components.schedules.distances import DISTANCES, ORDER
-from mllm_factory.components.schedules.probe import Probe, answer_rows, copies, put
+from mllm_factory.components.schedules.probe import Probe, answer_rows, copies
 from mllm_factory.components.schedules.regularizer import Regularizer, provisional
 from mllm_factory.errors import UserError
 from mllm_factory.trainer import Trainer
@@ -112,6 +112,13 @@ def by_hand(name: str, before: list[Tensor], after: list[Tensor]) -> float:
         ]
         means.append(sum(values) / len(values))
     return sum(means) / len(means)
+
+
+def put(params: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    """Write values into parameters, bit for bit."""
+    with torch.no_grad():
+        for p, value in zip(params, values, strict=True):
+            p.copy_(value)
 
 
 def hybrid(model: MultimodalModel, params: list[nn.Parameter], values: list[Tensor]) -> MultimodalModel:
@@ -207,6 +214,14 @@ def test_measurements_that_keep_failing_end_the_training() -> None:
         toy.step(schedule, toy.batch())
     with pytest.raises(DataError, match=rf"{PATIENCE} measurements in a row .*encoder .*llm"):
         toy.step(schedule, toy.batch())
+
+
+def test_measurements_that_keep_failing_leave_a_monitored_run_alone() -> None:
+    toy = Toy()
+    schedule = commit(part_lr={"vision": 0.0, "projector": 0.0}, act=False)
+    for _ in range(PATIENCE + 1):
+        toy.step(schedule, toy.batch())
+    assert schedule.skipped == PATIENCE + 1
 
 
 def test_08_prompts_and_padding_do_not_count() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Iterator
+import tarfile
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -63,8 +65,8 @@ def offline(node: Any, tmp_path: Path) -> Any:
         return node
     changed = {key: offline(value, tmp_path) for key, value in node.items()}
     changed |= {"pretrained": None} if "pretrained" in node else {}
-    absent = node.get("name") == "llava_json" and not Path(node["path"]).exists()
-    return changed | ({"path": str(conversations(tmp_path))} if absent else {})
+    option, made = FILES.get(node.get("name", ""), ("", None))
+    return changed | ({option: str(made(tmp_path))} if made is not None and not Path(node[option]).exists() else {})
 
 
 def cheap(kind: str, name: str, tmp_path: Path) -> dict[str, Any]:
@@ -79,6 +81,31 @@ def conversations(folder: Path) -> Path:
     file = folder / "samples.json"
     file.write_text(json.dumps([{"id": str(i), "conversations": turns} for i in range(3)]))
     return file
+
+
+def shard(folder: Path) -> Path:
+    with tarfile.open(folder / "samples.tar", "w") as tar:
+        for i in range(3):
+            info = tarfile.TarInfo(f"{i}.txt")
+            info.size = 2
+            tar.addfile(info, io.BytesIO(b"so"))
+    return folder / "samples.tar"
+
+
+def rows(folder: Path) -> Path:
+    import datasets
+
+    turns = [{"from": "human", "value": "why?"}, {"from": "gpt", "value": "so"}]
+    datasets.Dataset.from_list([{"conversations": turns, "image": None}] * 3).save_to_disk(str(folder / "rows"))
+    return folder / "rows"
+
+
+FILES: dict[str, tuple[str, Callable[[Path], Path]]] = {
+    "llava_json": ("path", conversations),
+    "webdataset": ("shards", shard),
+    "hf_dataset": ("path", rows),
+}
+"""What sources read, and the option that names it."""
 
 
 def given(name: str) -> dict[str, int]:

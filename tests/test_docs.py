@@ -144,7 +144,7 @@ def test_most_blocks_run_and_the_others_say_why() -> None:
     commands = [block for block in EVERY if block.language == "bash"]
     marked = [block for block in EVERY if block.reason]
     assert len(commands) - len(marked) >= 25
-    assert len(marked) <= 8
+    assert len(marked) * 8 <= len(commands)
     assert all(len(block.reason.split()) >= 3 for block in marked)
 
 

@@ -15,9 +15,9 @@ ENGINE = sorted((ROOT / "factory").glob("*.py"))
 PARTS = sorted((ROOT / "components").rglob("*.py"))
 LAYERS = [  # a module imports from layers before its own, and from its own
     {"errors", "types", "schema", "randomness", "silence"},
-    {"packs", "files", "tokens", "interfaces"},
+    {"packs", "files", "tokens", "interfaces", "sweep_job", "plan"},
     {"registry", "runs", "media", "pretrained", "template"},
-    {"model", "data", "loader", "distributed", "presets", "identity", "weightless", "meter"},
+    {"model", "data", "cached_items", "packing", "loader", "distributed", "presets", "identity", "weightless", "meter"},
     {"checkpoint", "features", "trainer", "recorder"},
     {"assemble", "evaluator", "follower", "estimate"},
     {"run", "llava", "native"},
@@ -26,11 +26,14 @@ LAYERS = [  # a module imports from layers before its own, and from its own
         "report_groups",
         "report_columns",
         "report_figures",
+        "report_samples",
         "report_tables",
         "report_page",
         "report_output",
     },
     {"checks", "flags", "overrides", "merge", "origins", "stored", "config"},
+    {"stages", "staged"},
+    {"sweep_backends", "sweep_command", "sweep_jobs", "sweep", "sweep_space", "sweep_study", "sweep_search"},
     {
         "cli",
         "completion",
@@ -46,6 +49,10 @@ LAYERS = [  # a module imports from layers before its own, and from its own
     },
 ]
 TORCH_FREE = [
+    "stages",
+    "sweep",
+    "sweep_backends",
+    "sweep_search",
     "errors",
     "schema",
     "registry",

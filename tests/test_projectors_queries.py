@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from mllm_factory import ConfigError, Projector, build
@@ -16,6 +18,12 @@ D, OUT, T = 8, 10, 7
 
 def projector(name: str, **options: Any) -> Any:
     return build(Projector, {"name": name, **options}, in_dim=D, out_dim=OUT, in_tokens=T)
+
+
+def preset(name: str) -> dict[str, Any]:
+    text = (Path(__file__).parent.parent / "conf" / "projector" / f"{name}.yaml").read_text(encoding="utf-8")
+    node: dict[str, Any] = yaml.safe_load(text)
+    return node
 
 
 # ---------------------------------------------------------------- resampler
@@ -113,6 +121,28 @@ def test_dropout_only_while_it_learns() -> None:
     assert torch.equal(part.eval()(x), part(x))
 
 
+# ---------------------------------------------------------------- windows
+
+
+@pytest.mark.parametrize(("window", "queries"), [(2, 1), (3, 2), (7, 1)])
+def test_a_window_is_what_the_plain_qformer_reads_alone(window: int, queries: int) -> None:
+    sizes = {"num_tokens": queries, "depth": 2, "hidden_dim": 16, "heads": 2}
+    part = projector("qformer", **sizes, window=window)
+    plain = build(Projector, {"name": "qformer", **sizes}, in_dim=D, out_dim=OUT, in_tokens=window)
+    plain.load_state_dict(part.state_dict())
+    x = torch.randn(2, T, D)
+    alone = [plain(x[:, start : start + window]) for start in range(0, T - window + 1, window)]
+    assert part.num_tokens == queries * len(alone)
+    torch.testing.assert_close(part(x), torch.cat(alone, dim=1))
+
+
+def test_salmonn_reads_30_seconds_with_88_tokens() -> None:
+    """Whisper's encoder gives 1,500 features of 30 s; a window of 0.333 s is round(1500 / 30 * 0.333) = 17 of them."""
+    with torch.device("meta"):
+        part = build(Projector, preset("qformer_window"), in_dim=1280, out_dim=4096, in_tokens=1500)
+        assert part(torch.empty(2, 1500, 1280)).shape == (2, part.num_tokens, 4096) == (2, 88, 4096)
+
+
 # ---------------------------------------------------------------- sizes
 
 
@@ -126,6 +156,8 @@ def test_dropout_only_while_it_learns() -> None:
         *(("qformer", {o: 0}, f"{o}: 0 is no size") for o in ("num_tokens", "depth", "heads", "cross_every")),
         ("qformer", {"hidden_dim": 10, "heads": 3}, "heads: 3 do not divide hidden_dim: 10"),
         ("qformer", {"dropout": 1.0}, "dropout: 1.0 is no probability"),
+        ("qformer", {"window": 0}, f"window: 0 features of the {T} of an item; use 1 to {T}"),
+        ("qformer", {"window": 8}, f"window: 8 features of the {T} of an item; use 1 to {T}"),
     ],
 )
 def test_sizes_that_make_no_sense(name: str, options: dict[str, Any], says: str) -> None:

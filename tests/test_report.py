@@ -20,6 +20,7 @@ import pytest
 from report_runs import CHOICES, EVAL, costs, sweep, tree_of, write_run
 
 from mllm_factory import cli, recorder
+from mllm_factory.errors import UserError
 from mllm_factory.report import make
 from mllm_factory.report_columns import direction, number
 from mllm_factory.report_groups import pareto
@@ -427,3 +428,15 @@ def test_a_real_sweep(run_cli: Run, tmp_path: Path) -> None:
     by = {c["settings"]["tuning"]: c["best"] for c in found["configurations"]}
     assert "parameters/trainable" in by["projector_only"] and "parameters/trainable" not in by["lora"]
     assert (tmp_path / "out" / "figures" / "curve_loss.svg").stat().st_size > 2000
+
+
+def test_configurations_are_named_by_keys_of_their_configs(tmp_path: Path) -> None:
+    for i, name in enumerate(("see", "blind", "blind")):
+        tree = tree_of(seed=i, name=name)
+        write_run(tmp_path / str(i), [f"seed={i}"], tree, {"exact_match": i / 2, **costs(10)}, choices={})
+    groups = make([str(tmp_path)], by=["name"]).groups
+    assert [(dict(g.settings), g.done) for g in groups] == [({"name": "blind"}, 2), ({"name": "see"}, 1)]
+    assert [g.done for g in make([str(tmp_path)]).groups] == [3]  # else the name makes no other configuration
+    assert [list(g.settings.values()) for g in make([str(tmp_path)], by=["trainer.max_steps"]).groups] == [["4"]]
+    with pytest.raises(UserError, match="--by: no run's config has 'nam'; did you mean 'name'"):
+        make([str(tmp_path)], by=["nam"])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import html as escaping
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import BROWSER, show
 from matplotlib.figure import Figure
 from report_runs import CHOICES, attentive, costs, sweep, tree_of, write_run
 
@@ -18,9 +16,6 @@ from mllm_factory import cli, report_figures
 from mllm_factory.report import make
 
 HOSTILE = "<script>alert(1)</script>"
-BROWSER = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
 
 
 @pytest.fixture(scope="module")
@@ -163,29 +158,8 @@ def test_the_page_is_whole_and_needs_nothing_else(page: str, runs: Path) -> None
 @pytest.mark.skipif(BROWSER is None, reason="no headless browser is installed")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_in_a_browser(page: str, width: int, tmp_path: Path) -> None:
-    measure = (
-        "const d = frame.contentDocument, r = d.documentElement, i = [...d.images];"
-        "document.title = JSON.stringify([r.scrollWidth, r.clientWidth, i.length, i.filter(x => x.naturalWidth > 0).length,"
-        "Math.max(...[...d.querySelectorAll('.box')].map(b => b.scrollWidth - b.clientWidth))])"
-    )
-    frame = (
-        f'<iframe id="frame" width="{width}" height="900" style="border:0" srcdoc="{escaping.escape(page)}"></iframe>'
-    )
-    (tmp_path / "outer.html").write_text(f"<!doctype html>{frame}<script>onload = () => {{ {measure} }}</script>")
-    flags = [
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--hide-scrollbars",
-        "--enable-logging=stderr",
-        "--window-size=1400,1000",
-    ]
-    where = [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{tmp_path / 'outer.html'}"]
-    done = subprocess.run([str(BROWSER), *flags, *where], capture_output=True, text=True, timeout=180)
-    found = re.search(r"<title>\[(\d+),(\d+),(\d+),(\d+),(\d+)\]</title>", done.stdout)
-    assert found, done.stderr[-2000:]
-    scroll, client, images, loaded, hidden = map(int, found.groups())
-    assert (scroll, client) == (width, width)  # nothing sticks out of the page ...
-    assert hidden > 0  # ... as the wide table scrolls in its box
-    assert images == loaded == 11
-    assert "CONSOLE" not in done.stderr
+    seen = show(page, width, tmp_path)
+    assert (seen.scroll, seen.client) == (width, width)  # nothing sticks out of the page ...
+    assert seen.hidden > 0  # ... as the wide table scrolls in its box
+    assert seen.images == seen.loaded == 11
+    assert seen.console == ""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from sounds_heard import SHORT, guessed, measured, pitch, question, runs, slope_of, spectrum, wave
 
-from mllm_factory import ConfigError, Sample, Source, build
+from mllm_factory import ConfigError, Sample, Source, build, cli
 from mllm_factory.assemble import build_collator, build_model, build_source
 from mllm_factory.components.sources.sounds import Sounds
 from mllm_factory.components.sources.sounds_tones import INSTRUMENTS, Note, Recording, excerpt, mixed, noise, tone
@@ -212,3 +214,12 @@ def test_a_model_takes_them(
     assert {name: len(item) for name, item in batch.media.items()} == items
     assert int((batch.modality == 2).sum()) == 3 * 25
     assert model(batch).loss_sum.item() > 0
+
+
+@pytest.mark.slow
+def test_the_experiment_learns_to_listen(tmp_path: Path) -> None:
+    """Above 0.85 where the question alone gives at most 0.55, and no better than that with recordings exchanged."""
+    assert cli.main(["train", "experiment=sounds", f"output_dir={tmp_path}", "data.eval.samples=800"]) == 0
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["exact_match"] > 0.85
+    assert found["ablation/audio/exact_match"] < 0.55

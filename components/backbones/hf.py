@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm_factory import Backbone, on_meta, register
-from mllm_factory.components.backbones import head, hf_build, hf_tokenizer, structure
+from mllm_factory.components.backbones import head, hf_build, hf_tokenizer, packed_attention, structure
 
 
 @register("hf")
@@ -61,6 +61,7 @@ class HFBackbone(Backbone):
             )
         self.max_positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self._decoder, self._layers = structure.parts_of(self.model)
+        self._apart = packed_attention.fits(self.model)
         self._takes_positions = "position_ids" in inspect.signature(self._decoder_module().forward).parameters
         if not on_meta() and kernel in (None, "sdpa", "eager"):  # other kernels need a device of their own
             structure.check_parts(self.model, self)
@@ -78,9 +79,31 @@ class HFBackbone(Backbone):
         """[B, T] -> [B, T, D]"""
         return self.model.get_input_embeddings()(input_ids)
 
-    def forward(self, embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """[B, T, D], [B, T] bool -> hidden states after the final norm [B, T, D]; None means no padding."""
+    def forward(self, embeds: Tensor, attention_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """[B, T, D], [B, T] bool -> hidden states after the final norm [B, T, D]; None means no padding.
+
+        With ``positions`` [B, T], a row holds several samples: transformers keeps apart what starts again from 0.
+        """
+        if positions is not None:
+            return self._packed(embeds, positions)
         return self._decode(embeds, attention_mask, use_cache=False).last_hidden_state
+
+    def _packed(self, embeds: Tensor, positions: Tensor) -> Tensor:
+        """Rows of several samples: on a CPU sample by sample where that can be; flash kernels want one long row."""
+        if not self._takes_positions:
+            raise ValueError(f"{type(self.model).__name__} takes no position_ids")
+        shape = embeds.shape
+        if "flash" in (self.model.config._attn_implementation or ""):
+            embeds, positions = embeds.reshape(1, -1, shape[-1]), positions.reshape(1, -1)
+        given = {"inputs_embeds": embeds, "position_ids": positions, "use_cache": False}
+        if self._apart and embeds.device.type == "cpu":
+            packed_attention.install(self.model)
+            try:
+                with packed_attention.apart():
+                    return self._decoder_module()(**given).last_hidden_state
+            except packed_attention.UnsuitedError:
+                self._apart = False
+        return self._decoder_module()(**given).last_hidden_state.view(shape)
 
     def _decode(self, embeds: Tensor, mask: Tensor | None, **cache: Any) -> Any:
         """One pass through the decoder; positions count the unmasked tokens, so padding may stand on either side."""

@@ -77,7 +77,9 @@ def _filters(rate: int, bins: int, mels: int) -> Tensor:
 class MelConv(Encoder):
     """Log-mel frames through two convolutions, with a learned position on each token; the second one has the stride.
 
-        h = gelu(conv_3(mel)),  z = gelu(conv_stride(h)),  out = norm(z^T + P)
+        h = gelu(conv_3(mel)),  z = norm(gelu(conv_stride(h))^T) + P,  z <- z + gelu(conv_5(norm(z))) per block,  out = norm(z)
+
+    Both terms of z are of unit size: a token says what it is and when, from the first step on.
 
     Args:
         rate: samples a second that recordings are brought to.
@@ -85,6 +87,7 @@ class MelConv(Encoder):
         mels: bands of the spectrogram.
         dim: width of a feature.
         stride: frames of 10 ms in a token.
+        blocks: residual convolutions over five tokens each: a token then knows 2 * blocks tokens to either side.
         max_windows: most windows of one recording; None for any number.
 
     Raises:
@@ -101,6 +104,7 @@ class MelConv(Encoder):
         mels: int = 80,
         dim: int = 256,
         stride: int = 8,
+        blocks: int = 0,
         max_windows: int | None = None,
     ) -> None:
         super().__init__()
@@ -109,15 +113,38 @@ class MelConv(Encoder):
             raise ValueError(f"dim: {dim} is no width; use 1 or more")
         if not 1 <= stride <= self.transform.frames:
             raise ValueError(f"stride: {stride} is not within the window's {self.transform.frames} frames of 10 ms")
+        if blocks < 0:
+            raise ValueError(f"blocks: {blocks} are none; use 0 or more")
         self.dim, self.num_tokens = dim, -(-self.transform.frames // stride)
         self._fill = self.num_tokens * stride - self.transform.frames
         self.conv1 = nn.Conv1d(mels, dim, 3, padding=1)
         self.conv2 = nn.Conv1d(dim, dim, stride, stride=stride)
-        self.positions = nn.Parameter(0.02 * torch.randn(self.num_tokens, dim))
+        self.inner = nn.LayerNorm(dim)
+        self.positions = nn.Parameter(torch.randn(self.num_tokens, dim))  # P
+        self.blocks = nn.ModuleList(Block(dim) for _ in range(blocks))
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, items: Tensor) -> Tensor:
         """[n, mels, frames] -> [n, num_tokens, dim]"""
         h = F.gelu(self.conv1(items))
-        z = F.gelu(self.conv2(F.pad(h, (0, self._fill))))
-        return self.norm(z.transpose(1, 2) + self.positions)
+        z = F.gelu(self.conv2(F.pad(h, (0, self._fill)))).transpose(1, 2)
+        z = self.inner(z) + self.positions
+        for block in self.blocks:
+            z = block(z)
+        return self.norm(z)
+
+
+class Block(nn.Module):
+    """z + gelu(conv_5(norm(z))), along time.
+
+    Args:
+        dim: width of a token.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.LayerNorm(dim), nn.Conv1d(dim, dim, 5, padding=2)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """[n, tokens, dim] -> the same shape"""
+        return z + F.gelu(self.conv(self.norm(z).transpose(1, 2)).transpose(1, 2))

@@ -13,12 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mllm_factory import ConfigError, Encoder, hint, load_matching, locate, on_meta, register
+from mllm_factory import BUNDLE, ConfigError, Encoder, hint, load_matching, locate, on_meta, register
 from mllm_factory.components.encoders.audio_cut import chosen_layer, cut_away, unused
+from mllm_factory.components.encoders.downloads import HOST, Download, awaited
 from mllm_factory.components.encoders.sound import Windows
-
-BUNDLE = "bundle"
-"""The value of ``pretrained`` that stands for the weights which torchaudio itself offers for an architecture."""
 
 IDLE = {"aux_num_out": "a classifier is never built", "encoder_layer_drop": "no layer is ever dropped"}
 """Values of a bundle that have no influence here, and why."""
@@ -69,7 +67,9 @@ class Torchaudio(Encoder):
             spare = unused(self.model, features)
         self.num_tokens, self.dim = features.shape[1:]
         source = _source(pretrained, bundle)
-        if not on_meta():
+        if on_meta():
+            self.absent = awaited([source]) if isinstance(source, Download) else None
+        else:
             self.model = _model(bundle, parameters)
             _load(self.model, source)
         cut_away(self.model, spare)
@@ -131,45 +131,27 @@ def _model(bundle: Any, parameters: dict[str, Any]) -> Any:
 # ---------------------------------------------------------------- weights
 
 
-def _source(pretrained: str | None, bundle: Any) -> Path | Any | None:
-    """Where weights come from: a path, the bundle itself, or nothing."""
+def _source(pretrained: str | None, bundle: Any) -> Path | Download | None:
+    """Where weights come from: a path, torchaudio's own download, or nothing."""
     if pretrained is None:
         return None
     if pretrained == BUNDLE:
-        return bundle
+        return _download(bundle)
     found = locate(pretrained)
     if isinstance(found, Path):
         return found
     raise ConfigError(
         f"pretrained: '{pretrained}' is no local file, and torchaudio's weights are on no hub; use {BUNDLE} (downloads "
-        f"{_url(bundle)}) or the path of that file"
+        f"{_download(bundle).url}) or the path of that file"
     )
 
 
-def _load(model: nn.Module, source: Path | Any | None) -> None:
+def _load(model: nn.Module, source: Path | Download | None) -> None:
     if source is not None:
-        load_matching(model, source if isinstance(source, Path) else _downloaded(source))
+        load_matching(model, source if isinstance(source, Path) else source.fetched())
 
 
-def _url(bundle: Any) -> str:
-    path = bundle._path
-    return path if path.startswith("https") else f"https://download.pytorch.org/torchaudio/models/{path}"
-
-
-def _downloaded(bundle: Any) -> Path:
-    """A bundle's weights in torch's folder of downloads, fetched if they are not there yet."""
-    from urllib.request import Request, urlopen
-
-    url = _url(bundle)
-    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    try:
-        if not file.exists():
-            urlopen(Request(url, method="HEAD"), timeout=3).close()  # the download itself has no time limit
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(file), progress=False)
-    except (OSError, RuntimeError) as error:
-        raise ConfigError(
-            f"pretrained: {url} cannot be had ({error}); download it elsewhere and put it at {file} or give its path, or "
-            "set pretrained: null"
-        ) from error
-    return file
+def _download(bundle: Any) -> Download:
+    path = str(bundle._path)
+    url = path if path.startswith("https") else f"{HOST}/models/{path}"
+    return Download(url, f"checkpoints/{url.rpartition('/')[2]}")

@@ -13,6 +13,7 @@ from mllm_factory import MODALITIES, PAD, Batch, ConfigError, DataError, Metric,
 from mllm_factory.components.metrics import lmar
 from mllm_factory.components.metrics.attention_capture import AttentionStats, observe
 from mllm_factory.components.metrics.attention_groups import GROUPS
+from mllm_factory.components.metrics.attention_shown import shown as shown_rows
 
 TEXTS = tuple(name for name in GROUPS if name not in MODALITIES)
 """Groups that may count as text."""
@@ -73,6 +74,8 @@ class Attention(Metric):
         modalities: ``vision``, ``audio`` or both; None: every one the model has an encoder for.
         text: the groups that count as text in the ratios; None: ``system`` (with the template) and ``user``.
         heads: also report each head's share of the media, ``attention_share/vision/layer_03/head_05``.
+        shown: samples with media, those of the first batches, of which each token's attention is kept in tables, to be drawn over the
+            picture or the recording by a report.
 
     Attributes:
         records: a dict for each sample: ``id``, tokens of each group, and values by layer under the keys above.
@@ -89,13 +92,18 @@ class Attention(Metric):
         modalities: list[str] | None = None,
         text: list[str] | None = None,
         heads: bool = False,
+        shown: int = 0,
     ) -> None:
+        if shown < 0:
+            raise ValueError(f"shown: {shown} samples cannot be shown; use 0 or more")
         self.readings = chosen("readings", readings, (SHARE, *RATIOS))
         if heads and SHARE not in self.readings:
             raise ValueError("heads: only attention_share is told by head; add it to readings or set heads: false")
         self.asked = None if modalities is None else chosen("modalities", modalities, tuple(MODALITIES))
         self.text = chosen("text", ["system", "user"] if text is None else text, TEXTS)
-        self.heads = heads
+        self.heads, self.shown = heads, shown
+        self.items: list[dict[str, Any]] = []  # rows of what is shown
+        self.tokens: list[dict[str, Any]] = []
         self.modalities: tuple[str, ...] = self.asked or ()
         self.layers: tuple[int, ...] = ()
         self.records: list[dict[str, Any]] = []
@@ -112,9 +120,13 @@ class Attention(Metric):
         self._require_encoders(model)
         if not bool((batch.role != PAD).any()):  # every sample was refused
             return
-        with observe(model) as recorder:
+        left = self.shown - len({item["sample"] for item in self.items})
+        with observe(model, keys=left > 0) as recorder:
             model(batch)
-        self.add(recorder.stats(), batch.ids)
+        stats = recorder.stats()
+        self.add(stats, batch.ids)
+        if stats.keys is not None:
+            self._show(model, batch, output, stats, left)
 
     def add(self, stats: AttentionStats, ids: Sequence[str]) -> None:
         """Take in the statistics of some samples."""
@@ -136,6 +148,19 @@ class Attention(Metric):
                     self._add(f"{name}/{modality}/text_tokens", parts.n_text, new)
                     undefined = next(iter(RATIOS[name](parts).values())).isnan()
                     self._count(f"{name}/{modality}", parts.reason[undefined])
+
+    def _show(self, model: MultimodalModel, batch: Batch, output: Output, stats: AttentionStats, left: int) -> None:
+        """Keep samples of this batch that carry media and have an answer, evenly spread, as neighbours have alike questions."""
+        media = torch.cat([batch.media_row[name].cpu() for name in self.modalities]).bincount(minlength=len(batch.ids))
+        rows = (media.bool() & stats.valid.any(1).cpu()).nonzero()[:, 0].tolist()
+        for row in rows[:: max(1, len(rows) // left)][:left]:
+            items, tokens = shown_rows(model, batch, output.logits, stats, row)
+            self.items += items
+            self.tokens += tokens
+
+    def tables(self) -> dict[str, list[dict[str, Any]]]:
+        """With ``shown``: ``shown``, a line an item with its picture, and ``shown_tokens``, a line a token with its attention."""
+        return {"shown": self.items, "shown_tokens": self.tokens}
 
     def _require_encoders(self, model: MultimodalModel) -> None:
         """Settle which modalities are read."""

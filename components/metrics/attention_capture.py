@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mllm_factory import PAD, Batch, ConfigError, MultimodalModel
 from mllm_factory.components.metrics.attention_groups import ANSWER, GROUPS, answer_rows, key_groups, query_groups
-from mllm_factory.components.metrics.attention_kernels import observed_kernels
+from mllm_factory.components.metrics.attention_kernels import Call, observed_kernels, require_softmax
 from mllm_factory.components.metrics.attention_mass import Plan, plan_rows, probabilities, visible
 from mllm_factory.components.metrics.attention_mass import given_probabilities as given
 
@@ -86,37 +86,34 @@ class Recorder:
         over = torch.isin(ids[:, 0], stops)
         self.ended = over if self.ended is None else self.ended | over
 
+    def watch(self, call: Call) -> Tensor:
+        """Add one call of a layer's attention; its output as it was."""
+        if not call.again:
+            self._record(call)
+        return call.output
+
     @torch.no_grad()
-    def record(
-        self, layer: int, query: Tensor, key: Tensor, kernel: tuple[float, Tensor | None, bool], weights: Tensor | None
-    ) -> tuple[Plan, Tensor] | None:
-        """Add one call of a layer's attention.
-
-        Args:
-            layer: its number.
-            query, key: [B, H, Q, D], [B, Hkv, K, D].
-            kernel: scale, mask, causality.
-            weights: [B, H, Q, K] where the kernel gave them.
-
-        Returns:
-            The plan and the probabilities [B, H, K'] of the first wanted row, to be compared with the kernel's output; or None
-            where nothing was wanted or the kernel gave the weights.
-        """
-        scale, mask, causal = kernel
-        plan = self._plan(layer, query, key)
+    def _record(self, call: Call) -> None:
+        query, key, weights = call.query, call.key, call.weights
+        plan = self._plan(call.layer, query, key)
         if plan is None:
-            return None
+            return
         member = plan.member(key.shape[2], G)
-        blocks = given(plan, weights) if weights is not None else probabilities(plan, query, key, scale, mask, causal)
+        blocks = (
+            given(plan, weights)
+            if weights is not None
+            else probabilities(plan, query, key, call.scale, call.mask, call.causal)
+        )
         shape = (*query.shape[:2], plan.index.shape[1], G)
         mass, first = query.new_empty(shape, dtype=torch.float32), None  # [B, H, R, G]
         for span, A in blocks:
             mass[:, :, span] = torch.matmul(A, member[:, None, : A.shape[-1]])
             first = A[:, :, 0].clone() if span.start == 0 else first
             if self.want_keys:
-                self._add_keys(layer, plan, span, A, key.shape[2])
-        self._add(layer, plan, mass, self._visible(plan, member, mask, causal))
-        return (plan, first) if first is not None and weights is None else None
+                self._add_keys(call.layer, plan, span, A, key.shape[2])
+        self._add(call.layer, plan, mass, self._visible(plan, member, call.mask, call.causal))
+        if first is not None and weights is None:
+            require_softmax(call, plan, first)
 
     def _plan(self, layer: int, query: Tensor, key: Tensor) -> Plan | None:
         """Which rows of this call are wanted; the same for all layers."""
@@ -137,7 +134,7 @@ class Recorder:
 
     def _in_flight(self, query: Tensor) -> Batch:
         batch = self.model.batch
-        if batch is None or (self.batch is not None and batch is not self.batch):
+        if batch is None or (self.batch is not None and batch.input_ids is not self.batch.input_ids):
             raise ConfigError(
                 "observe: attention of one batch at a time, run by model(batch) or model.generate(batch, ...)"
             )
@@ -274,12 +271,13 @@ def observe(model: MultimodalModel, rows: str = "answer", keys: bool = False) ->
         recorder.fed(ids)
         return embed(ids)
 
-    own = vars(backbone).get("embed")
-    with observed_kernels(backbone, recorder.record):
-        vars(backbone)["embed"] = told
+    own, unpacked = vars(backbone).get("embed"), model.unpacked
+    with observed_kernels(backbone, recorder.watch):
+        vars(backbone)["embed"], model.unpacked = told, True  # statistics are by row: one sample each
         try:
             yield recorder
         finally:
+            model.unpacked = unpacked
             if own is None:
                 del vars(backbone)["embed"]
             else:

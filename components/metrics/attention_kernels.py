@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,9 +23,47 @@ from mllm_factory.components.metrics.attention_mass import Plan, along
 PREFIX = "mllm_factory|"
 """Of our names; transformers offers no name with a bar to users."""
 
-Record = Callable[[int, Tensor, Tensor, tuple[float, Tensor | None, bool], Tensor | None], tuple[Plan, Tensor] | None]
 
-_watched: dict[nn.Module, tuple[int, Record]] = {}
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer's attention. B rows, Q queries, K keys, H heads, Hkv key heads, D and D' widths of a head.
+
+    Attributes:
+        module: whose attention it is.
+        layer: its layer's number in the backbone's list.
+        query: [B, H, Q, D].
+        key: [B, Hkv, K, D].
+        value: [B, Hkv, K, D'].
+        mask: bool (True: visible) or additive, [B or 1, H or 1, Q, K]; None: no mask.
+        scale: of the scores.
+        causal: without a mask, row i sees the keys 0 ... i.
+        weights: [B, H, Q, K] where the kernel gave them, else None.
+        output: [B, Q, H, D'] of the kernel.
+        exact: no dropout was in it.
+    """
+
+    module: nn.Module
+    layer: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scale: float
+    causal: bool
+    weights: Tensor | None
+    output: Tensor
+    exact: bool
+
+    @property
+    def again(self) -> bool:
+        """True where a layer runs once more because gradients are computed."""
+        return torch._C._current_graph_task_id() != -1
+
+
+Watch = Callable[[Call], Tensor]
+"""Told of a call; gives the output that the layer goes on with, which is ``call.output`` for those who only look."""
+
+_watched: dict[nn.Module, tuple[int, Watch]] = {}
 """Modules inside observed layers: the layer's number and who wants to know."""
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -54,18 +93,16 @@ def _attend(
     """What the kernel gives; statistics go to whoever watches the module."""
     run = _kernel(kernel, module)
     output, weights = run(module, query, key, value, attention_mask, **options)
-    if module in _watched and torch._C._current_graph_task_id() == -1:  # not again while gradients are computed
-        layer, record = _watched[module]
-        scaling = options.get("scaling")
-        scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
-        causal = options.get("is_causal")
-        causal = getattr(module, "is_causal", True) if causal is None else causal
-        settings = (scale, attention_mask, bool(causal) and query.shape[2] > 1 and weights is None)
-        with torch.autocast(query.device.type, enabled=False):
-            first = record(layer, query, key, settings, weights)
-            if first is not None and not options.get("dropout"):
-                _compare(module, layer, *first, value, output)
-    return output, weights
+    if module not in _watched:
+        return output, weights
+    layer, watch = _watched[module]
+    scaling, causal, exact = options.get("scaling"), options.get("is_causal"), not options.get("dropout")
+    scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    causal = bool(causal) and query.shape[2] > 1 and weights is None
+    call = Call(module, layer, query, key, value, attention_mask, scale, causal, weights, output, exact)
+    with torch.autocast(query.device.type, enabled=False):
+        return watch(call), weights
 
 
 def _kernel(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -85,31 +122,46 @@ def _kernel(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor 
 
 
 @torch.no_grad()
-def _compare(module: nn.Module, layer: int, plan: Plan, A: Tensor, value: Tensor, output: Tensor) -> None:
-    """Refuse a layer whose output for its first wanted row is not A v; A [B, H, K'], value [B, Hkv, K, D'], output [B, Q, H, D']."""
-    B, _, K = A.shape
-    v = value[:, :, :K].float()
-    ours = torch.matmul(A.view(B, v.shape[1], -1, K), v).flatten(1, 2)  # [B, H, D']
-    theirs = along(output.transpose(1, 2), plan.index[:, :1])[:, :, 0].float()
-    gap = (ours - theirs).abs().amax((1, 2))[plan.valid[:, 0]].max()
-    bound = TOLERANCE.get(value.dtype, 1e-3) * float(v.abs().max())
+def require_softmax(call: Call, plan: Plan, A: Tensor) -> None:
+    """Refuse a layer whose output for its first wanted row is not A v.
+
+    Args:
+        call: of the layer.
+        plan: the wanted rows.
+        A: [B, H, K'] recomputed probabilities of the first one.
+
+    Raises:
+        ConfigError: output and A v differ by more than rounding does.
+    """
+    if not call.exact:
+        return
+    theirs = along(call.output.transpose(1, 2), plan.index[:, :1])[:, :, 0].float()
+    gap = (mixed(A, call.value) - theirs).abs().amax((1, 2))[plan.valid[:, 0]].max()
+    bound = TOLERANCE.get(call.value.dtype, 1e-3) * float(call.value[:, :, : A.shape[2]].abs().max())
     if not float(gap) <= bound:
         raise ConfigError(
-            f"attention of {type(module).__name__} in layer {layer} is more than softmax(q k) v: output and statistics differ by "
-            f"{float(gap):.2g}; set backbone.attention=eager, whose weights are read as they are"
+            f"attention of {type(call.module).__name__} in layer {call.layer} is more than softmax(q k) v: output and statistics "
+            f"differ by {float(gap):.2g}; set backbone.attention=eager, whose weights are read as they are"
         )
 
 
+def mixed(A: Tensor, value: Tensor) -> Tensor:
+    """A v of one row: [B, H, K'], [B, Hkv, K, D'] -> [B, H, D'] float32; a head of v serves H / Hkv of A."""
+    B, _, K = A.shape
+    v = value[:, :, :K].float()
+    return torch.matmul(A.view(B, v.shape[1], -1, K), v).flatten(1, 2)
+
+
 @contextmanager
-def observed_kernels(backbone: Backbone, record: Record) -> Iterator[None]:
-    """Send the attention of a backbone's layers through ``record``; the kernels' names are as before afterwards.
+def observed_kernels(backbone: Backbone, watch: Watch) -> Iterator[None]:
+    """Send the attention of a backbone's layers through ``watch``; the kernels' names are as before afterwards.
 
     Raises:
         ConfigError: the backbone is no model of transformers, does not use ``AttentionInterface``, or is observed already.
     """
     configs = _configs(backbone)
     _register()
-    watched = {module: (number, record) for number, layer in enumerate(backbone.layers) for module in layer.modules()}
+    watched = {module: (number, watch) for number, layer in enumerate(backbone.layers) for module in layer.modules()}
     if any(module in _watched for module in watched):
         raise ConfigError("observe: this backbone is being observed already; end that first")
     before = [(config, config._attn_implementation_internal) for config in configs]

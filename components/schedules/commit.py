@@ -25,7 +25,7 @@ from mllm_factory.components.schedules.regularizer import POINTS, Regularizer
 
 log = logging.getLogger("mllm_factory")
 PATIENCE = 20
-"""So many measurements in a row may fail before training stops."""
+"""So many measurements in a row may fail before training stops, unless ``act`` is false."""
 
 
 @register("commit")
@@ -60,6 +60,8 @@ class Commit(Schedule):
     Raises:
         ValueError: a value outside its range.
     """
+
+    reads_media = True  # for the norms of raw items in H
 
     def __init__(
         self,
@@ -169,7 +171,7 @@ class Commit(Schedule):
             self.values |= input_norms(probe, self.seen, dict(zip(names, distances, strict=True)), state.world)
             return
         self.skipped, self.failures = self.skipped + 1, self.failures + 1
-        if self.failures >= PATIENCE:
+        if self.failures >= PATIENCE and self.act:  # a monitor leaves the run as it is
             shown = ", ".join(f"{name} {d:.3g}" for name, d in zip(names, distances, strict=True))
             raise DataError(
                 f"schedule: {PATIENCE} measurements in a row gave no balance (distances: {shown}; eps: {self.eps:g}); "

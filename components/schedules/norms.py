@@ -1,4 +1,4 @@
-"""Diagnostics of CoMMIT beside kappa: gradient and weight norms (its Figure 3) and the H of eq. 5. They steer nothing."""
+"""Diagnostics of CoMMIT beside kappa: gradient and weight norms (its Figure 3), their ratio, the H of eq. 5. They steer nothing."""
 
 from __future__ import annotations
 
@@ -16,11 +16,17 @@ from mllm_factory.components.schedules.probe import Probe, Seen
 
 
 def norms(components: Sequence[Component]) -> dict[str, float]:
-    """Norm of each component's gradient (before clipping) and weights."""
+    """Norm of each component's gradient (before clipping) and weights, and grad_rel_norm = ||g|| / ||theta||.
+
+    The ratio compares a component with itself over time only: E -> 10 E, H -> H / 10 leaves the model and changes it a
+    hundredfold. NaN where all weights are 0.
+    """
     result = {}
     for component in components:
-        result[f"grad_norm/{component.name}"] = math.sqrt(square_sum(gradients(component)))
-        result[f"weight_norm/{component.name}"] = math.sqrt(square_sum(component.params))
+        g, theta = math.sqrt(square_sum(gradients(component))), math.sqrt(square_sum(component.params))
+        result[f"grad_norm/{component.name}"] = g
+        result[f"weight_norm/{component.name}"] = theta
+        result[f"grad_rel_norm/{component.name}"] = g / theta if theta else math.nan
     return result
 
 

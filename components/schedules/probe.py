@@ -57,11 +57,15 @@ def probing(model: MultimodalModel) -> Iterator[None]:
             module.training = mode
 
 
-def put(params: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
-    """Write values into parameters, bit for bit."""
-    with torch.no_grad():
-        for p, value in zip(params, values, strict=True):
-            p.copy_(value)
+def held(params: Sequence[nn.Parameter]) -> list[Tensor]:
+    """The values themselves, to be shown again after others."""
+    return [p.data for p in params]
+
+
+def show(params: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    """Let parameters stand for other tensors; nothing is copied."""
+    for p, value in zip(params, values, strict=True):
+        p.data = value
 
 
 def copies(params: Sequence[nn.Parameter]) -> list[Tensor]:
@@ -152,7 +156,7 @@ class Probe:
 
     def distances(self, seen: Sequence[Seen], old: Sequence[Tensor], state: TrainState) -> list[float]:
         """d_c of each component; the parameters hold theta_t+1 and ``old`` theta_t."""
-        new = copies(self.params)
+        new = held(self.params)
         sums = []
         try:
             with torch.no_grad(), probing(self.model):
@@ -160,14 +164,14 @@ class Probe:
                     self.only(component, old, new)
                     sums.append(torch.stack(self.sum(seen, [self.again(s, component) for s in seen])))
         finally:
-            put(self.params, new)
+            show(self.params, new)
         found = total(torch.stack(sums), state.world).tolist()
         return [d / count if count else float("nan") for d, count in found]
 
     def only(self, component: Component, old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
-        """Put one component at ``new`` and all others at ``old``."""
+        """Show one component at ``new`` and all others at ``old``; the caller shows the model's own values again."""
         own = set(map(id, component.params))
-        put(self.params, [n if id(p) in own else o for p, o, n in zip(self.params, old, new, strict=True)])
+        show(self.params, [n if id(p) in own else o for p, o, n in zip(self.params, old, new, strict=True)])
 
     def again(self, seen: Seen, component: Component) -> Tensor:
         """Logits [N, V] with the present parameters, encoding again only what the component changes."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mllm_factory import TrainState, total
 from mllm_factory.components.schedules.balance import Component
-from mllm_factory.components.schedules.probe import Probe, Seen, copies, probing, put
+from mllm_factory.components.schedules.probe import Probe, Seen, copies, held, probing, show
 
 POINTS = ("lookahead", "lagged")
 
@@ -38,15 +38,15 @@ class Regularizer:
     def apply(self, probe: Probe, seen: Sequence[Seen], state: TrainState) -> list[float]:
         """Change the gradients; D of each component. The weights are those of theta_t before and after."""
         if self.point == "lookahead":
-            here = copies(probe.params)
             ahead = provisional(probe.params, state)
-            found = [self._gradient(probe, seen, c, here, ahead, state) for c in probe.components]
-            put(probe.params, here)
+            here = held(probe.params)
+            try:
+                found = [self._gradient(probe, seen, c, here, ahead, state) for c in probe.components]
+            finally:
+                show(probe.params, here)
         else:
-            here = copies(probe.params)
-            found = self._lagged(probe, seen, here, state) if self.previous else []
-            put(probe.params, here)
-            self.previous = here
+            found = self._lagged(probe, seen, held(probe.params), state) if self.previous else []
+            self.previous = copies(probe.params)
         for component, (_, gradients) in zip(probe.components, found, strict=False):
             self._add(component, gradients)
         return [d for d, _ in found] or [float("nan")] * len(probe.components)
@@ -73,9 +73,11 @@ class Regularizer:
         found = []
         for component in probe.components:
             with probing(probe.model), torch.no_grad():
-                probe.only(component, here, self.previous)
-                before = [Seen(s.batch, probe.again(s, component), s.encoded, s.features) for s in seen]
-                put(probe.params, here)
+                try:
+                    probe.only(component, here, self.previous)
+                    before = [Seen(s.batch, probe.again(s, component), s.encoded, s.features) for s in seen]
+                finally:
+                    show(probe.params, here)
             with probing(probe.model), torch.enable_grad():
                 d, count = probe.sum(before, [probe.again(s, component) for s in seen])
                 found.append(_reduced(d, count, component, state))
@@ -109,15 +111,16 @@ def provisional(params: Sequence[nn.Parameter], state: TrainState) -> list[Tenso
     """theta^: what the coming step would make of the weights. Weights, gradients and optimizer are left as they were."""
     optimizer = state.optimizer
     everything = [p for group in optimizer.param_groups for p in group["params"]]
-    weights, gradients = copies(everything), [None if p.grad is None else p.grad.clone() for p in everything]
+    weights, gradients = held(everything), [None if p.grad is None else p.grad.clone() for p in everything]
+    show(everything, copies(everything))
     kept = {
         p: {k: v.clone() if isinstance(v, Tensor) else v for k, v in slot.items()}
         for p, slot in optimizer.state.items()
     }
     nn.utils.clip_grad_norm_(everything, state.clip or float("inf"))
     optimizer.step()
-    ahead = copies(params)
-    put(everything, weights)
+    ahead = held(params)
+    show(everything, weights)
     for p, gradient in zip(everything, gradients, strict=True):
         p.grad = gradient
     slots: Any = optimizer.state

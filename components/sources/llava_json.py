@@ -8,15 +8,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from itertools import islice
+import re
 from pathlib import Path
 from typing import Any
 
-from mllm_factory import DataError, Message, Sample, Source, hint, register
+import numpy as np
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+from mllm_factory import DataError, Sample, Source, register
+from mllm_factory.components.sources.conversation import messages_of
+from mllm_factory.components.sources.json_index import JsonIndex, chunks
+
 FIELDS = {"vision": ("image", "images"), "audio": ("audio", "audios")}
 SHOWN = 5
 """Broken entries that one error message lists."""
@@ -24,23 +25,27 @@ SHOWN = 5
 
 @register("llava_json")
 class LlavaJson(Source):
-    """Conversations of one file. Every entry is checked at the start; media files are opened when a batch needs them.
+    """Conversations of one file, of which only the places of the entries are kept in memory: an array too large to be read
+    at once starts within seconds.
 
-    Of a ``.jsonl`` file only the places of the lines are kept in memory.
+    Entries are checked at the start, all of them up to ``check``, of more that many, evenly spread; each other one when it is
+    read. Media files are opened when a batch needs them.
 
     Args:
         path: ``.json`` (an array) or ``.jsonl`` (one object a line).
         root: folder that media paths start from; None means the file's own folder.
-        limit: use the first so many samples; later ones are not checked.
+        limit: use the first so many samples; later ones are not looked at.
+        check: entries that are checked at the start; None: all.
 
     Raises:
-        ValueError: a limit below 1, or another kind of file.
+        ValueError: a limit or check below 1, or another kind of file.
         DataError: a missing or empty file, or broken entries; the message names the file and up to five places.
     """
 
-    def __init__(self, path: str, root: str | None = None, limit: int | None = None) -> None:
-        if limit is not None and limit < 1:
-            raise ValueError(f"limit is at least 1 sample, got {limit}; null takes all")
+    def __init__(self, path: str, root: str | None = None, limit: int | None = None, check: int | None = 5_000) -> None:
+        for name, value in (("limit", limit), ("check", check)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is at least 1 sample, got {value}; null takes all")
         self._path = Path(path)
         if self._path.suffix not in (".json", ".jsonl"):
             raise ValueError(f"{path}: a conversation file ends in .json (an array) or .jsonl (one object a line)")
@@ -51,91 +56,62 @@ class LlavaJson(Source):
         self._root = self._path.parent if root is None else Path(root)
         if not self._root.is_dir():
             raise DataError(f"{root}: no such folder to start media paths from; set `root`")
-        self._lines: list[int] = []  # .jsonl: where each sample's line starts, in bytes
-        self._entries: list[Any] = []  # .json: the array
-        self.modalities = self._scan(limit)
+        self._index = JsonIndex(self._path, limit)
+        if not len(self):
+            raise DataError(f"{self._path}: holds no samples")
+        self.modalities = self._checked(min(check or len(self), len(self)))
 
     def __len__(self) -> int:
-        return len(self._lines) or len(self._entries)
+        return len(self._index)
 
     def __getitem__(self, index: int) -> Sample:
         """Sample ``index``; its media are paths."""
-        if not self._lines:
-            return _sample(self._entries[index], index, self._root)
-        with self._path.open("rb") as file:  # opened anew: loader workers must not share a place in the file
-            file.seek(self._lines[index])
-            return _sample(_parsed(file.readline()), index, self._root)
+        entry = self._index[index]
+        try:
+            return _sample(entry, index, self._root)
+        except DataError as error:
+            raise DataError(f"{self._path}, {self._index.place(index)}: {error}") from error
 
-    def _scan(self, limit: int | None) -> frozenset[str]:
-        """Find the samples and check each; returns the modalities they carry."""
+    def _checked(self, number: int) -> frozenset[str]:
+        """Check so many entries; the modalities that any entry of the file carries."""
         seen: set[str] = set()
         problems: list[str] = []
-        read = self._read_lines if self._path.suffix == ".jsonl" else self._read_array
-        for number, (place, entry) in enumerate(islice(read(), limit)):
+        for i in np.linspace(0, len(self) - 1, number).astype(int).tolist():
             try:
-                record = _parsed(entry) if isinstance(entry, bytes) else entry
-                seen |= _sample(record, number, self._root).media.keys()
+                seen |= self[i].media.keys()
             except DataError as error:
-                problems.append(f"{self._path}, {place}: {error}")
+                problems.append(str(error))
             if len(problems) == SHOWN:
                 break
         if problems:
             raise DataError("; ".join(problems))
-        if not len(self):
-            raise DataError(f"{self._path}: holds no samples")
-        return frozenset(seen)
+        missing = FIELDS.keys() - seen if number < len(self) else set()
+        return frozenset(seen | {modality for modality in missing if self._carries(modality)})
 
-    def _read_lines(self) -> Iterator[tuple[str, bytes]]:
-        start = 0
+    def _carries(self, modality: str) -> bool:
+        """Whether any entry has media of a modality; only those entries are read in which one of its fields is named."""
+        names = "|".join(FIELDS[modality])
+        named = re.compile(rf'"(?:{names})"\s*+:\s*+(?!null|\[\s*+\])'.encode())
+        word = f'"{FIELDS[modality][0]}'.encode()
+        done = -1
         with self._path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    self._lines.append(start)
-                    yield f"line {number}", line
-                start += len(line)
-
-    def _read_array(self) -> Iterator[tuple[str, Any]]:
-        try:
-            entries = _parsed(self._path.read_bytes(), whole=True)
-        except DataError as error:
-            raise DataError(f"{self._path}, {error}") from error
-        if not isinstance(entries, list):
-            raise DataError(f"{self._path}: a .json file holds an array of samples, got {type(entries).__name__}")
-        for number, entry in enumerate(entries):
-            self._entries.append(entry)
-            yield f"entry {number}", entry
-
-
-def _parsed(text: bytes, whole: bool = False) -> Any:
-    """The JSON value of a line, or of a ``whole`` file; then an error tells the line, too."""
-    try:
-        return json.loads(text if whole else text.strip())
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}: " if whole else ""
-        raise DataError(f"{line}broken JSON, {error.msg} at column {error.colno}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 text ({error.reason} at byte {error.start})") from error
+            for at, data in chunks(file, int(self._index.ends[-1]), overlap=256):
+                place = data.find(word)
+                while place >= 0:
+                    i = self._index.at(at + place) if named.match(data, place) else None
+                    if i is not None and i != done and modality in self[i].media:
+                        return True
+                    done = done if i is None else i
+                    place = data.find(word, place + 1)
+        return False
 
 
 def _sample(entry: Any, index: int, root: Path) -> Sample:
     if not isinstance(entry, dict):
         raise DataError(f"a sample is an object, got {type(entry).__name__}")
-    turns = entry.get("conversations", entry.get("messages"))
-    if not isinstance(turns, list) or not turns:
-        raise DataError("a sample needs 'conversations', a list of {'from', 'value'} turns")
+    messages = messages_of(entry.get("conversations", entry.get("messages")))
     media = {modality: paths for modality in FIELDS if (paths := _paths(entry, modality, root))}
-    return Sample(str(entry.get("id", index)), tuple(_message(turn, i) for i, turn in enumerate(turns, 1)), media)
-
-
-def _message(turn: Any, number: int) -> Message:
-    if not isinstance(turn, dict):
-        raise DataError(f"turn {number} is an object with 'from' and 'value', got {type(turn).__name__}")
-    speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-    if not isinstance(speaker, str) or speaker not in ROLES:
-        raise DataError(f"turn {number} is from '{speaker}'{hint(str(speaker), ROLES)}")
-    if not isinstance(text, str):
-        raise DataError(f"turn {number} needs its text in 'value', got {type(text).__name__}")
-    return Message(ROLES[speaker], text)
+    return Sample(str(entry.get("id", index)), messages, media)
 
 
 def _paths(entry: dict[str, Any], modality: str, root: Path) -> tuple[str, ...]:

@@ -132,9 +132,9 @@ class Frame:
 
 
 def _one_note(frame: Frame, facts: Facts, random: np.random.Generator) -> list[Note]:
-    length = frame.seconds * random.uniform(0.3, 0.45)
+    length = frame.seconds * random.uniform(0.45, 0.6)
     start = random.uniform(0, frame.seconds - length)
-    glide = SIGNS[facts["motion"]] * random.uniform(10, 14)
+    glide = SIGNS[facts["motion"]] * random.uniform(14, 18)
     return [Note(frame.instrument, start, length, frame.pitch, glide, frame.level)]
 
 
@@ -147,10 +147,10 @@ def _row_of_beeps(frame: Frame, facts: Facts, random: np.random.Generator) -> li
 
 
 def _two_notes(frame: Frame, facts: Facts, random: np.random.Generator) -> list[Note]:
-    """The quieter one is 12 to 18 dB below the other."""
+    """The quieter one is 15 to 20 dB below the other."""
     length = frame.seconds * random.uniform(0.3, 0.38)
     start = random.uniform(0, frame.seconds - 2.4 * length)
-    quiet = frame.level * 10 ** (-random.uniform(12, 18) / 20)
+    quiet = frame.level * 10 ** (-random.uniform(15, 20) / 20)
     levels = (frame.level, quiet) if facts["louder"] == "first" else (quiet, frame.level)
     return [
         Note(frame.instrument, start + i * 1.4 * length, length, frame.pitch, 0, levels[i]) for i in range(len(levels))
@@ -177,7 +177,7 @@ def scene(
 
 
 def record(random: np.random.Generator, voice: Voice, notes: Sequence[Note], seconds: float, rate: int) -> Recording:
-    """The notes over noise that is 25 to 40 dB below the loudest."""
-    level = max(note.level for note in notes) * 10 ** (-random.uniform(25, 40) / 20)
+    """The notes over noise that is 35 to 50 dB below the loudest."""
+    level = max(note.level for note in notes) * 10 ** (-random.uniform(35, 50) / 20)
     background = excerpt(random, pick(random, voice.slopes), voice.offset, round(seconds * rate), rate)
     return mixed(notes, np.float32(level) * background, rate)

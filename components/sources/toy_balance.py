@@ -17,6 +17,8 @@ from mllm_factory import Message, Sample, Source, hint, register
 STAGES = ("pretrain", "adapt")
 SIDE = 4
 """Pixels of a patch's side; a picture is twice as wide."""
+BLOCK = 4096
+"""Samples that are drawn together."""
 LETTERS = "abcdefghijklmnop"
 PLACES = ("nw", "ne", "sw", "se")
 
@@ -59,7 +61,7 @@ class ToyBalance(Source):
         if not 0 <= shift <= 1 or noise < 0:
             raise ValueError(f"shift: {shift} and noise: {noise} are a share of 0 to 1 and a number of 0 or more")
         self.modalities = frozenset({"vision"})
-        self.stage, self.split, self.n, self.values, self.noise, self.seed = stage, split, n, values, noise, seed
+        self.stage, self.split, self.n, self.seed = stage, split, n, seed
         fixed = np.random.default_rng([seed, 0])
         plain, other = (fixed.standard_normal((3, values, SIDE, SIDE, 3)) for _ in range(2))
         adapts = stage == "adapt"
@@ -69,6 +71,25 @@ class ToyBalance(Source):
         order = fixed.permutation(values) if adapts else np.arange(values)
         self.letters = [LETTERS[i] for i in order]
         self.asked = (1, 2) if adapts else (0, 1)
+        self.shown = self._random(0).integers(values, size=(n, 4, 3))  # of each patch, its attributes
+        self.place = self._random(1).integers(4, size=n)  # the patch that is asked about
+        self.pictures = self._drawn(noise)
+
+    def _random(self, of: int) -> np.random.Generator:
+        """A generator for one property of all samples, drawn in their order: sample i does not depend on ``n``."""
+        return np.random.default_rng([self.seed, 1, self.split == "test", self.stage == "adapt", of])
+
+    def _drawn(self, noise: float) -> np.ndarray:
+        """All pictures at once, [n, 2 SIDE, 2 SIDE, 3] uint8: one by one they would take longer than a step of training."""
+        found = np.empty((self.n, 2 * SIDE, 2 * SIDE, 3), np.uint8)
+        random = self._random(2)
+        for start in range(0, self.n, BLOCK):
+            shown = self.shown[start : start + BLOCK]
+            pixels = sum(self.patterns[a, shown[:, :, a]] for a in range(3)) / np.sqrt(3)  # [b, 4, SIDE, SIDE, 3]
+            pixels = pixels + noise * random.standard_normal(pixels.shape)
+            grey = np.clip(128 + 40 * pixels, 0, 255).astype(np.uint8).reshape(-1, 2, 2, SIDE, SIDE, 3)
+            found[start : start + BLOCK] = grey.transpose(0, 1, 3, 2, 4, 5).reshape(-1, 2 * SIDE, 2 * SIDE, 3)
+        return found
 
     def __len__(self) -> int:
         return self.n
@@ -79,13 +100,11 @@ class ToyBalance(Source):
 
         if not 0 <= index < self.n:
             raise IndexError(f"sample {index} of {self.n}")
-        random = np.random.default_rng([self.seed, 1, self.split == "test", self.stage == "adapt", index])
-        shown = random.integers(self.values, size=(4, 3))  # of each patch, its attributes
-        place = int(random.integers(4))
-        pixels = np.stack([sum(self.patterns[a, shown[p, a]] for a in range(3)) for p in range(4)]) / np.sqrt(3)
-        pixels = pixels + self.noise * random.standard_normal(pixels.shape)
-        rows = [np.concatenate([pixels[2 * r], pixels[2 * r + 1]], axis=1) for r in range(2)]
-        grey = np.clip(128 + 40 * np.concatenate(rows), 0, 255).astype(np.uint8)  # [2 SIDE, 2 SIDE, 3]
-        answer = "".join(self.letters[shown[place, a]] for a in self.asked)
+        place = int(self.place[index])
+        answer = "".join(self.letters[self.shown[index, place, a]] for a in self.asked)
         messages = (Message("user", f"<image>{PLACES[place]}"), Message("assistant", answer))
-        return Sample(f"toy_balance/{self.stage}/{self.split}/{index}", messages, {"vision": (Image.fromarray(grey),)})
+        return Sample(
+            f"toy_balance/{self.stage}/{self.split}/{index}",
+            messages,
+            {"vision": (Image.fromarray(self.pictures[index]),)},
+        )

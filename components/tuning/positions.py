@@ -148,8 +148,8 @@ class Places:
     """The steered positions of one batch.
 
     Attributes:
-        rows, columns: [n] int64 each, on the batch's device.
-        size: the batch's B and T.
+        rows, columns: [n] int64 each, on the batch's device, in what the decoder layers see.
+        size: rows and columns of that: the batch's B and T, or those of its packed rows.
         tokens: how many tokens each modality has in the batch, for messages.
     """
 
@@ -212,8 +212,7 @@ class Positions:
             found.append(spots[chosen.to(spots.device)])
             tokens[name] = start
         rows, columns = torch.cat(found).unbind(1)
-        B, T = batch.modality.shape
-        return Places(rows, columns, (B, T), tokens)
+        return Places(*batch.laid_out(rows, columns), tokens)
 
 
 def _mask(batch: Batch, name: str) -> Tensor:
