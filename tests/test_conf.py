@@ -142,6 +142,13 @@ def test_an_experiment_beats_the_primary_and_an_override_beats_the_experiment(
     assert (over["seed"], over["trainer"]["max_steps"]) == (9, 40)
 
 
+def installed(path: Path) -> Path:
+    """Where a file or folder of the repository is imported from."""
+    if path.parts[:2] == ("factory", "hydra_plugins"):
+        return Path(*path.parts[1:])
+    return Path("mllm_factory", *(path.parts[1:] if path.parts[0] == "factory" else path.parts))
+
+
 def test_the_distribution_has_every_folder_and_every_preset_file() -> None:
     tool = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     folders = {
@@ -149,7 +156,9 @@ def test_the_distribution_has_every_folder_and_every_preset_file() -> None:
         for top in ("factory", "components", "conf")
         for f in (ROOT / top).rglob("__init__.py")
     }
-    names = {".".join(["mllm_factory", *(f.parts[1:] if f.parts[0] == "factory" else f.parts)]) for f in folders}
+    names = {".".join(installed(f).parts) for f in folders} | {
+        "hydra_plugins"
+    }  # a namespace: it has no file of its own
     assert set(tool["packages"]) == names
     assert "**/*.yaml" in tool["package-data"]["mllm_factory.conf"]
 
@@ -172,7 +181,7 @@ def test_the_wheel_holds_every_module_and_preset(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         inside = {name for name in archive.namelist() if ".dist-info/" not in name}
     wanted = {
-        "mllm_factory/" + str(file.relative_to(ROOT)).removeprefix("factory/")
+        installed(file.relative_to(ROOT)).as_posix()
         for top in ("factory", "components", "conf")
         for file in (ROOT / top).rglob("*")
         if file.suffix in (".py", ".yaml", ".typed")
