@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mllm_factory.errors import DataError as DataError
     from mllm_factory.errors import UserError as UserError
     from mllm_factory.errors import hint as hint
+    from mllm_factory.errors import one_line as one_line
     from mllm_factory.interfaces import Backbone as Backbone
     from mllm_factory.interfaces import Encoder as Encoder
     from mllm_factory.interfaces import Metric as Metric
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "distributed": "total",
-    "errors": "CheckpointError ConfigError DataError UserError hint",
+    "errors": "CheckpointError ConfigError DataError UserError hint one_line",
     "interfaces": "Backbone Encoder Metric Projector Schedule Source Tuning",
     "media": "BLANK",
     "model": "MultimodalModel",

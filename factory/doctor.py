@@ -11,7 +11,7 @@ from contextlib import redirect_stdout
 from dataclasses import asdict
 from typing import Any
 
-from mllm_factory.errors import ConfigError, Problem, UserError
+from mllm_factory.errors import ConfigError, Problem, UserError, one_line
 
 LIBRARIES = (
     *(
@@ -99,7 +99,7 @@ def _examine(flags: Any) -> tuple[list[Problem], dict[str, Any]]:
             Problem(p.message, p.key, p.origin or (composed.origin(p.key) if composed else "")) for p in error.problems
         ], {}
     except UserError as error:
-        return [Problem(" ".join(str(error).split()))], {}
+        return [Problem(one_line(error))], {}
 
 
 def _examine_stages(composer: Any, overrides: Sequence[str], composed: Any) -> tuple[list[Problem], dict[str, Any]]:

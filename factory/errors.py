@@ -75,3 +75,9 @@ def hint(word: str, known: Iterable[str]) -> str:
 
 MANY = 16
 """Known words that a message lists; of more it lists half as many."""
+
+
+def one_line(error: BaseException, most: int | None = None, kind: bool = False) -> str:
+    """An error's text on one line, cut to ``most`` characters; with ``kind`` its type in front."""
+    text = " ".join(str(error).split())[:most]
+    return f"{type(error).__name__}: {text}" if kind else text

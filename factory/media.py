@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mllm_factory.errors import DataError
+from mllm_factory.errors import DataError, one_line
 
 Waveform = tuple[Tensor, int]
 """A recording: float32 [channels, time] and its sample rate in Hz."""
@@ -180,7 +180,7 @@ def _stream(raw: str | Path | bytes) -> Any:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error) or type(error).__name__
 
 
 def blank_image() -> Image.Image:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mllm_factory.errors import ConfigError, Problem
+from mllm_factory.errors import ConfigError, Problem, one_line
 from mllm_factory.interfaces import Backbone
 from mllm_factory.types import Packing
 
@@ -100,7 +100,7 @@ def require_packable(backbone: Backbone) -> None:
         alone = torch.cat([backbone(part) for part in parts], 1)
         packed = backbone(embeds, positions=positions)[:, : alone.shape[1]]
     except (ValueError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ConfigError(Problem(f"{name} cannot run a packed row ({reason}); {remedy}", "trainer.packing")) from error
     finally:
         backbone.train(training)

@@ -13,7 +13,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any, TypeVar
 
-from mllm_factory.errors import ConfigError, Problem, UserError, hint
+from mllm_factory.errors import ConfigError, Problem, UserError, hint, one_line
 from mllm_factory.packs import Place, packs, path_schema, scan, source_schema
 from mllm_factory.packs import load_packs as load_packs
 from mllm_factory.schema import GIVEN, KIND_NAMES, MISSING, Misfit, Schema, child_kind, classes_in, coerce, missing
@@ -125,7 +125,7 @@ def build(kind: type[T], node: Mapping[str, Any], key: str = "", **given: Any) -
     except ConfigError:
         raise
     except (ValueError, ImportError, OSError, UserError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise ConfigError(Problem(f"{node['name']}: {reason}", key)) from error
 
 

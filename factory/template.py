@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from mllm_factory.errors import ConfigError, DataError, hint
+from mllm_factory.errors import ConfigError, DataError, hint, one_line
 from mllm_factory.tokens import PieceTokenizer, Run
 from mllm_factory.types import ASSISTANT, PLACEHOLDERS, SYSTEM, USER, Message
 
@@ -224,7 +224,7 @@ class ChatTemplate:
         try:
             rest = str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt))
         except Exception as error:  # a template is a program: it can raise anything
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise DataError(f"the chat template refuses turns of {', '.join(roles)}: {reason}") from error
         literals = []
         for i, mark in enumerate(marks):

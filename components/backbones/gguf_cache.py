@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mllm_factory import ConfigError, quiet
+from mllm_factory import ConfigError, one_line, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,7 +75,7 @@ def _write(file: Path, folder: Path) -> None:
     try:
         model, tokenizer = _read(file)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise ConfigError(f"{file} cannot be read as a GGUF model ({type(error).__name__}: {reason})") from error
     try:
         with quiet():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mllm_factory import hint, locate, on_meta, quiet
+from mllm_factory import hint, locate, on_meta, one_line, quiet
 from mllm_factory.components.backbones.gguf_cache import dequantised, gguf_in
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def read_config(source: Path | str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(source, local_files_only=isinstance(source, Path))
     except Exception as error:
-        raise ValueError(f"pretrained: {source} cannot be loaded ({_one_line(error)})") from error
+        raise ValueError(f"pretrained: {source} cannot be loaded ({one_line(error, 300, kind=True)})") from error
 
 
 def require_same(given: PretrainedConfig, sizes: dict[str, Any], found: PretrainedConfig, source: Path | str) -> None:
@@ -214,7 +214,9 @@ def _load(source: Path | str, **options: Any) -> PreTrainedModel:
                 source, local_files_only=local, output_loading_info=True, **options
             )
         except Exception as error:
-            refused = _kernel(error, options) or f"pretrained: {source} cannot be loaded ({_one_line(error)})"
+            refused = (
+                _kernel(error, options) or f"pretrained: {source} cannot be loaded ({one_line(error, 300, kind=True)})"
+            )
             raise ValueError(refused) from error
     model, report = loaded
     lacking = sorted([*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])])
@@ -232,7 +234,7 @@ def _near(word: str, known: Iterable[str]) -> str:
 
 
 def _unbuildable(architecture: str, error: Exception) -> str:
-    return f"architecture: '{architecture}' cannot be built with these sizes ({_one_line(error)})"
+    return f"architecture: '{architecture}' cannot be built with these sizes ({one_line(error, 300, kind=True)})"
 
 
 def _kernel(error: Exception, options: dict[str, Any]) -> str | None:
@@ -241,9 +243,5 @@ def _kernel(error: Exception, options: dict[str, Any]) -> str | None:
     words = ("attentionimplementation", "attnimplementation", str(kernel).replace("_", ""))
     if kernel is None or not any(word in text for word in words):
         return None
-    reason = " ".join(str(error).split()).partition(". ")[0][:160]
+    reason = one_line(error).partition(". ")[0][:160]
     return f"attention: no '{kernel}' for this model here ({reason}); set attention: null for the best one it has"
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

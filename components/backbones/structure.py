@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from mllm_factory import Backbone
+from mllm_factory import Backbone, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,7 +65,7 @@ def check_parts(model: PreTrainedModel, backbone: Backbone) -> None:
         whole = model(input_ids=ids, use_cache=False).logits[:, :1].float()
         parts = backbone.logits(backbone(backbone.embed(ids[:, :1]))).float()
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ValueError(
             f"architecture: {kind} with these sizes cannot be a backbone ({type(error).__name__}: {reason})"
         ) from error

@@ -22,6 +22,7 @@ from mllm_factory import (
     load_matching,
     locate,
     on_meta,
+    one_line,
     read_weights,
     register,
     weights_file,
@@ -141,7 +142,7 @@ class Beats(Encoder):
         try:
             return self(torch.zeros(1, frames, BANDS))
         except (RuntimeError, ValueError, AssertionError) as error:
-            raise ValueError(f"sizes: they do not fit together ({_line(error)})") from error
+            raise ValueError(f"sizes: they do not fit together ({one_line(error, 200)})") from error
 
 
 def _values(sizes: dict[str, Any]) -> dict[str, Any]:
@@ -188,16 +189,12 @@ def _model(values: dict[str, Any]) -> Any:
             with _CopiesStayOnMeta():
                 model = make(0, beats_config=values)
         except (RuntimeError, ValueError, TypeError, AssertionError, ZeroDivisionError) as error:
-            raise ValueError(f"sizes: they do not fit together ({_line(error)})") from error
+            raise ValueError(f"sizes: they do not fit together ({one_line(error, 200)})") from error
         conv = model.encoder.pos_conv[0]
         nn.utils.remove_weight_norm(conv)
     nn.utils.parametrizations.weight_norm(conv, dim=2)
     del model.patch_embedding_pad, model.raw2fbank_pad
     return model
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 # ---------------------------------------------------------------- weights

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm_factory import Encoder, on_meta, register
+from mllm_factory import Encoder, on_meta, one_line, register
 from mllm_factory.components.encoders.audio_cut import chosen_layer, cut_away, unused
 from mllm_factory.components.encoders.hf_audio_build import (
     audio_part,
@@ -108,7 +108,7 @@ class HfAudio(Encoder):
             with torch.device("meta"), torch.enable_grad():
                 return self._encode(torch.zeros(shape))
         except Exception as error:  # the library raises whatever does not fit makes it raise
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise ValueError(
                 f"features: items {list(shape[1:])} do not fit {type(self.model).__name__} with this layer and length "
                 f"({type(error).__name__}: {reason}); correct features, seconds or layer"

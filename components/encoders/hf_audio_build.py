@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mllm_factory import ConfigError, locate, on_meta, quiet
+from mllm_factory import ConfigError, locate, on_meta, one_line, quiet
 from mllm_factory.components.encoders.towers import near, require_agreement
 
 STILL: dict[str, Any] = {
@@ -114,7 +114,9 @@ def _stored_config(source: Path | str) -> Any:
     try:
         return AutoConfig.from_pretrained(source, local_files_only=isinstance(source, Path))
     except Exception as error:
-        raise ValueError(f"pretrained: {source} has no configuration that can be read ({_one_line(error)})") from error
+        raise ValueError(
+            f"pretrained: {source} has no configuration that can be read ({one_line(error, 300, kind=True)})"
+        ) from error
 
 
 def _new_config(architecture: str, sizes: dict[str, Any]) -> Any:
@@ -131,7 +133,7 @@ def _new_config(architecture: str, sizes: dict[str, Any]) -> Any:
         }
         return made_by(**{name: value for name, value in twins.items() if hasattr(made_by(), name)}, **sizes)
     except Exception as error:
-        raise ValueError(f"sizes: they do not fit '{architecture}' ({_one_line(error)})") from error
+        raise ValueError(f"sizes: they do not fit '{architecture}' ({one_line(error, 300, kind=True)})") from error
 
 
 # ---------------------------------------------------------------- model
@@ -146,7 +148,9 @@ def empty_tower(config: Any) -> tuple[nn.Module, str]:
             made_by: Any = MODEL_MAPPING[type(config)]
             whole = made_by(config)
     except Exception as error:
-        raise ValueError(f"sizes: '{config.model_type}' cannot be built with them ({_one_line(error)})") from error
+        raise ValueError(
+            f"sizes: '{config.model_type}' cannot be built with them ({one_line(error, 300, kind=True)})"
+        ) from error
     for name in ("audio_tower", "audio_model"):
         if isinstance(getattr(whole, name, None), nn.Module):
             return getattr(whole, name), name
@@ -176,7 +180,7 @@ def filled_tower(empty: Any, name: str, source: Path | str | None) -> nn.Module:
                 output_loading_info=True,
             )
     except Exception as error:
-        raise ValueError(f"pretrained: {source} cannot be loaded ({_one_line(error)})") from error
+        raise ValueError(f"pretrained: {source} cannot be loaded ({one_line(error, 300, kind=True)})") from error
     lacking = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
     if lacking:
         raise ConfigError(
@@ -201,7 +205,3 @@ def name_of_layers(tower: nn.Module) -> str:
     if not having:
         raise ValueError(f"architecture: {type(tower).__name__} has no transformer layers to choose from")
     return max(having)[1]
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mllm_factory import hint
+from mllm_factory import hint, one_line
 from mllm_factory.components.encoders.sound import Windows
 from mllm_factory.components.encoders.towers import require_agreement
 
@@ -114,7 +114,7 @@ def _stored(source: Path | str) -> Any:
     try:
         return AutoFeatureExtractor.from_pretrained(source, local_files_only=local)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise ValueError(
             f"pretrained: no feature extractor can be loaded from {source} ({type(error).__name__}: {reason})"
         ) from error
@@ -133,7 +133,7 @@ def _new_extractor(config: Any, features: dict[str, Any]) -> Any:
     try:
         return made_by(**values)
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ValueError(f"features: {made_by.__name__} cannot be built with these values ({reason})") from error
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from mllm_factory import on_meta
+from mllm_factory import on_meta, one_line
 from mllm_factory.components.encoders import towers
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def configured(architecture: str | None, sizes: dict[str, Any], source: Path | s
     try:
         asked: PretrainedConfig = config_class(**sizes)
     except Exception as error:  # strict configs raise types of their own
-        raise ValueError(f"sizes: '{architecture}' refuses them ({one_line(error)})") from error
+        raise ValueError(f"sizes: '{architecture}' refuses them ({one_line(error, 200, kind=True)})") from error
     return asked
 
 
@@ -83,7 +83,9 @@ def _found(source: Path | str | None) -> PretrainedConfig | None:
     try:
         whole = AutoConfig.from_pretrained(source, local_files_only=isinstance(source, Path))
     except Exception as error:  # the hub's client and the readers have errors of their own
-        raise ValueError(f"pretrained: no config can be read from {source} ({one_line(error)})") from error
+        raise ValueError(
+            f"pretrained: no config can be read from {source} ({one_line(error, 200, kind=True)})"
+        ) from error
     return getattr(whole, "vision_config", whole)
 
 
@@ -110,7 +112,7 @@ def made(config: PretrainedConfig, source: Path | str | None) -> tuple[Any, set[
                 source, config=config, local_files_only=local, output_loading_info=True, dtype=torch.float32
             )
     except Exception as error:  # readers raise types of their own
-        raise ValueError(f"pretrained: {source} cannot be loaded ({one_line(error)})") from error
+        raise ValueError(f"pretrained: {source} cannot be loaded ({one_line(error, 200, kind=True)})") from error
     return model, {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
 
 
@@ -118,7 +120,9 @@ def _new(model_class: Any, config: PretrainedConfig) -> PreTrainedModel:
     try:
         model: PreTrainedModel = model_class._from_config(config, dtype=torch.float32)
     except Exception as error:  # sizes that do not fit together end in many ways
-        raise ValueError(f"sizes: '{config.model_type}' cannot be built with them ({one_line(error)})") from error
+        raise ValueError(
+            f"sizes: '{config.model_type}' cannot be built with them ({one_line(error, 200, kind=True)})"
+        ) from error
     return model
 
 
@@ -151,11 +155,6 @@ def require_filled(model: nn.Module, lacking: set[str], source: Path | str | Non
             f"pretrained: {source} does not fill {len(left)} tensors of {type(model).__name__}, such as {left[0]}; is it "
             "another model?"
         )
-
-
-def one_line(error: Exception) -> str:
-    """Type and beginning of an error's text."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 # ---------------------------------------------------------------- pixels

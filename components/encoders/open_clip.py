@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm_factory import Encoder, locate, on_meta, read_weights, register, weights_file
+from mllm_factory import Encoder, locate, on_meta, one_line, read_weights, register, weights_file
 from mllm_factory.components.encoders import towers
 from mllm_factory.components.encoders.pixels import pixels_of
 
@@ -136,7 +136,7 @@ def _found(source: Path | str | None) -> dict[str, Any]:
     try:
         downloaded: dict[str, Any] = _get_hf_config(source)
     except Exception as error:  # the hub's client has errors of its own
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ValueError(f"pretrained: {source} has no open_clip_config.json ({reason})") from error
     return downloaded
 
@@ -168,7 +168,7 @@ def _tower(config: dict[str, Any], name: str) -> Any:
     try:
         tower = _build_vision_tower(config["embed_dim"], vision, config.get("quick_gelu", False))
     except Exception as error:  # timm trunks refuse in many ways
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ValueError(f"architecture: the vision tower of '{name}' cannot be built ({reason})") from error
     if not hasattr(getattr(tower, "trunk", tower), "forward_intermediates"):
         raise ValueError(f"architecture: the vision tower of '{name}' gives no patch tokens; choose another one")
@@ -200,7 +200,7 @@ def _weights_of(source: Path | str) -> Path:
         try:
             return Path(download_pretrained_from_hf(source))
         except Exception as error:  # the hub's client has errors of its own
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise ValueError(f"pretrained: {source} cannot be downloaded ({reason})") from error
     named = [source / file for file in FILES if (source / file).is_file()]
     return named[0] if named else weights_file(source)
@@ -213,7 +213,7 @@ def _resized(tower: Any, size: int, asked: bool) -> Any:
         try:
             tower.set_input_size(size)
         except (RuntimeError, AssertionError, ValueError, ZeroDivisionError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise ValueError(f"image_size: the architecture cannot take {size} pixels ({reason})") from error
     return tower
 

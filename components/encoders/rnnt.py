@@ -21,6 +21,7 @@ from mllm_factory import (
     load_matching,
     locate,
     on_meta,
+    one_line,
     read_weights,
     register,
     weights_file,
@@ -140,7 +141,7 @@ class Rnnt(Encoder):
                 found = self.recipe.run(empty, torch.zeros(1, transform.frames, transform.mels))
             except (RuntimeError, ValueError) as error:
                 raise ValueError(
-                    f"seconds: {transform.windows.seconds:g} s do not fit these sizes ({_line(error)})"
+                    f"seconds: {transform.windows.seconds:g} s do not fit these sizes ({one_line(error, 200)})"
                 ) from error
         if found.shape[1] < 1:
             raise ValueError(f"seconds: {transform.windows.seconds:g} s give no token with these sizes; use 1 or more")
@@ -161,11 +162,7 @@ def _made(recipe: Recipe, values: dict[str, Any]) -> Any:
     try:
         return recipe.make(**values)
     except (RuntimeError, ValueError, TypeError, AssertionError, ZeroDivisionError) as error:
-        raise ValueError(f"sizes: they do not fit together ({_line(error)})") from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+        raise ValueError(f"sizes: they do not fit together ({one_line(error, 200)})") from error
 
 
 # ---------------------------------------------------------------- statistics
@@ -188,7 +185,7 @@ def _read_statistics(file: Path, bands: int) -> list[Tensor]:
         found = [torch.tensor(saved[name], dtype=torch.float32) for name in ("mean", "invstddev")]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(
-            f"pretrained: {file} holds no mean and invstddev ({type(error).__name__}: {_line(error)})"
+            f"pretrained: {file} holds no mean and invstddev ({one_line(error, 200, kind=True)})"
         ) from error
     if any(value.shape != (bands,) or not value.isfinite().all() for value in found):
         raise ConfigError(

@@ -15,6 +15,7 @@ from mllm_factory import (
     load_matching,
     locate,
     on_meta,
+    one_line,
     read_weights,
     register,
     weights_file,
@@ -141,7 +142,7 @@ def _created_with(architecture: str, weights: dict[str, Tensor], source: str, si
             architecture, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes, **size
         )
     except (RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ConfigError(
             f"{source} does not fit '{architecture}': {reason[:300]}; is it another architecture?"
         ) from error

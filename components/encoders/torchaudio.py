@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mllm_factory import BUNDLE, ConfigError, Encoder, hint, load_matching, locate, on_meta, register
+from mllm_factory import BUNDLE, ConfigError, Encoder, hint, load_matching, locate, on_meta, one_line, register
 from mllm_factory.components.encoders.audio_cut import chosen_layer, cut_away, unused
 from mllm_factory.components.encoders.downloads import HOST, Download, awaited
 from mllm_factory.components.encoders.sound import Windows
@@ -88,7 +88,7 @@ class Torchaudio(Encoder):
         try:
             return self.eval()(torch.zeros(1, transform.samples))
         except (RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise ValueError(
                 f"seconds: the architecture cannot take {seconds:g} s with these sizes ({reason})"
             ) from error

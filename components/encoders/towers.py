@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm_factory import Encoder, hint
+from mllm_factory import Encoder, hint, one_line
 
 
 def require_library(module: str, package: str) -> None:
@@ -114,7 +114,7 @@ def probe(encoder: Encoder, image_size: int) -> Tensor:
         with torch.no_grad():
             return encoder.eval()(torch.zeros(1, 3, image_size, image_size))
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ValueError(f"image_size: the architecture cannot take {image_size} pixels ({reason})") from error
     finally:
         encoder.train(training)
@@ -137,7 +137,7 @@ def traced(encoder: Encoder, image_size: int) -> tuple[tuple[int, ...], set[str]
             out = torch.func.functional_call(encoder.eval(), {**stand_ins, **buffers}, (items,))
         used = _leaves(out)
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ValueError(f"image_size: the architecture cannot take {image_size} pixels ({reason})") from error
     finally:
         encoder.train(training)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mllm_factory import DataError, Message, Sample, Source, hint, register
+from mllm_factory import DataError, Message, Sample, Source, hint, one_line, register
 from mllm_factory.components.sources.conversation import marked, messages_of
 from mllm_factory.components.sources.tar_index import expand
 
@@ -157,4 +157,4 @@ def _loaded(path: str, cache: str | None) -> tuple[Any, Path]:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return one_line(error, 200) or type(error).__name__
