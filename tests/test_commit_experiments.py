@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +75,41 @@ def test_curves_of_two_tasks_in_one_figure(shared: Any, tmp_path: Path) -> None:
     assert commit_tasks.measured(runs[0])[:2] == [(1, pytest.approx(1.0)), (5, pytest.approx(5.0))]
     commit_tasks.draw({"one": {"a": runs, "b": runs[:1]}, "other": {"a": runs, "b": runs}}, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_claim_holds_on_the_right_side_of_its_rows_only(shared: Any) -> None:
+    import commit_tiny
+
+    def rows(**changed: float) -> dict[str, Any]:
+        final = {"constant 1:1": 0.1, "LLM up 10:1": 1.0, "encoder up 1:10": 0.2, "CLR from 10:1": 0.5, **changed}
+        spread = {"constant 1:1": 0.2, "CLR 1:1": 0.1, "CLR 1:1, KL, N = L": 5.0, **changed}
+        names = {*final, *spread}
+        return {
+            name: {"final": (final.get(name, 0.0), 0.0), "deviation": (spread.get(name, 0.0), 0.0)} for name in names
+        }
+
+    assert list(commit_tiny.claims(rows()).values()) == [True] * 5
+    assert list(commit_tiny.claims(rows(**{"CLR from 10:1": 1.1})).values()) == [True, True, False, True, True]
+    assert list(commit_tiny.claims(rows(**{"CLR 1:1, KL, N = L": 0.3})).values()) == [True, True, True, True, False]
+    assert commit_tiny.claims({"CLR 1:1": rows()["CLR 1:1"]}) == {}
+
+
+@pytest.mark.slow
+def test_what_is_claimed_of_commit_tiny_holds(tmp_path: Path) -> None:
+    """Coordination (C2) on five seeds, of which it fails on one; unbalanced rates (C1) and the spread of kappa (C4) on two."""
+    rows = {}
+    for only, seeds in (
+        (["LLM up 10:1", "CLR from 10:1"], "01234"),
+        (["constant 1:1", "LLM up 10:1", "encoder up 1:10", "CLR 1:1", "CLR 1:1, KL, N = L"], "01"),
+    ):
+        command = [sys.executable, str(SCRIPTS / "commit_tiny.py"), str(tmp_path), "--json"]
+        done = subprocess.run(
+            [*command, "--only", *only, "--seeds", *seeds], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert "holds" in done.stderr and "NOT" not in done.stderr
+        rows |= json.loads(done.stdout)["commit_tiny"]
+    final = {name: row["final"][0] for name, row in rows.items()}
+    assert final["LLM up 10:1"] > 1.5 and final["CLR from 10:1"] < 1.0  # chance is 1.66
+    assert final["constant 1:1"] < 0.05
+    assert rows["CLR 1:1, KL, N = L"]["deviation"][0] > 4
