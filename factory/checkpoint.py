@@ -3,7 +3,7 @@
 checkpoints/step_000200/
   config.yaml          the tree of the run
   model.safetensors    trained tensors by their names in the model; its metadata: step, identity of the frozen weights and of their sources
-  trainer.pt           step, optimizer, schedule, random state of every process, counts
+  trainer.pt           step, optimizer, schedule, strategies that have a state, random state of every process, counts
   README.md            what this is and how to use it
   manifest.json        size and SHA-256 of every other file: how a damaged checkpoint is told from a good one
 """

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mllm_factory import distributed, randomness, recorder, runs
 from mllm_factory.checkpoint import Writer
-from mllm_factory.interfaces import Schedule
+from mllm_factory.errors import CheckpointError
+from mllm_factory.interfaces import Schedule, Tuning
 from mllm_factory.recorder import Recorder
 from mllm_factory.trainer import Trainer, TrainState
 
@@ -21,9 +22,14 @@ log = logging.getLogger("mllm_factory")
 
 
 def restore(progress: Mapping[str, Any], state: TrainState, schedule: Schedule) -> None:
-    """Put optimizer, schedule, step and random generators of this process back."""
+    """Put optimizer, schedule, strategies, step and random generators of this process back.
+
+    Raises:
+        CheckpointError: a strategy goes on from a state that the checkpoint does not hold.
+    """
     distributed.load_optimizer(state.model, state.optimizer, progress["optimizer"])
     schedule.load_state_dict(progress["schedule"])
+    _restore_strategies(progress.get("strategies", {}), state.model.stepping())
     state.step = progress["step"]
     before = len(progress["random"])
     if before != state.world.size and state.world.leads:
@@ -32,6 +38,17 @@ def restore(progress: Mapping[str, Any], state: TrainState, schedule: Schedule) 
         )
     if state.world.rank < before:
         randomness.restore(progress["random"][state.world.rank], state.world.device)
+
+
+def _restore_strategies(saved: Mapping[str, Any], strategies: Mapping[str, Tuning]) -> None:
+    for place, strategy in strategies.items():
+        if place in saved:
+            strategy.load_state_dict(saved[place])
+        elif type(strategy).load_state_dict is not Tuning.load_state_dict:
+            raise CheckpointError(
+                f"the checkpoint holds no state of tuning.{place} ({type(strategy).__name__}) to go on from; start a new run "
+                "with init_from"
+            )
 
 
 class Follower:
@@ -118,6 +135,7 @@ class Follower:
             "grad_norm": grad_norm,
             **{f"lr/{group['name']}": float(group["lr"]) for group in state.optimizer.param_groups},
             **self.schedule.readings(),
+            **self._readings(state),
             "samples_per_second": counts["unlogged"] / (time.monotonic() - self.since),
             "seconds": self.seconds,
             "refused": counts["refused"],
@@ -127,12 +145,18 @@ class Follower:
         self.loss_sum, self.num_labels, self.logged = self._zero(), self._zero(), self.samples
         self.since = time.monotonic()
 
+    def _readings(self, state: TrainState) -> dict[str, float]:
+        """What strategies say, by their places."""
+        said = {place: strategy.readings() for place, strategy in state.model.stepping().items()}
+        return {f"tuning/{place}/{key}": value for place, values in said.items() for key, value in values.items()}
+
     def _save(self, state: TrainState) -> None:
         self.lines.flush()  # what a checkpoint follows must not be lost when the machine stops
         progress = {
             "step": state.step,
             "optimizer": distributed.optimizer_state(state.model, state.optimizer, self.world),
             "schedule": self.schedule.state_dict(),
+            "strategies": {place: strategy.state_dict() for place, strategy in state.model.stepping().items()},
             "random": distributed.gather(randomness.snapshot(self.world.device), self.world),
             "counts": self._counts(),
         }

@@ -114,6 +114,10 @@ class Backbone(nn.Module, ABC):
 class Tuning(ABC):
     """How one part learns.
 
+    A strategy that overrides one of the methods behind ``apply`` takes part in every step of a training: it is called before
+    the schedule, its readings are logged and its state is saved. In several processes each calls its own, after gradients
+    were averaged: what a strategy decides must follow from what is equal in all of them.
+
     ``apply`` sets:
         resolved: full names, inside the part, of the modules that the strategy adapts, trains or steers; none where it means
             the part as a whole. ``check`` prints them, so that a user sees what a short name in a config came to.
@@ -128,6 +132,23 @@ class Tuning(ABC):
         ``requires_grad`` is the only record of what trains: optimizer, checkpoint and reports read it. All state of an
         inserted module lives in parameters. Strategies of one part are applied in order, each on what the former left.
         """
+
+    def before_step(self, state: TrainState) -> None:
+        """Between backward and clipping; may edit gradients."""
+
+    def after_step(self, state: TrainState) -> None:
+        """After the update, while gradients are still there; ``state.step`` counts the steps before this one."""
+
+    def readings(self) -> dict[str, float]:
+        """Flat keys to numbers for the run's log; NaN for what was not measured."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values besides parameters that ``load_state_dict`` needs to continue."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what ``state_dict`` gave, after ``apply``; the model is on its device."""
 
 
 class Schedule(ABC):

@@ -18,6 +18,9 @@ from mllm_factory.interfaces import Backbone, Encoder, Projector, Tuning
 from mllm_factory.template import ChatTemplate
 from mllm_factory.types import IGNORE_INDEX, MODALITIES, Batch, Output
 
+_HOOKS = ("before_step", "after_step", "readings", "state_dict", "load_state_dict")
+"""A strategy that overrides one of these takes part in each step."""
+
 
 class MultimodalModel(nn.Module):
     """Encoders, projectors and a backbone as one model.
@@ -53,6 +56,15 @@ class MultimodalModel(nn.Module):
         parts = dict(self.encoders.items())
         parts |= {"projector" if name == "vision" else f"{name}_projector": p for name, p in self.projectors.items()}
         return {**parts, "backbone": self.backbone}
+
+    def stepping(self) -> dict[str, Tuning]:
+        """Strategies that take part in each step, by their place in ``tuning``: ``backbone``, or ``backbone.1`` in a list."""
+        return {
+            part if len(applied) == 1 else f"{part}.{i}": strategy
+            for part, applied in self.strategies.items()
+            for i, strategy in enumerate(applied)
+            if any(getattr(type(strategy), hook) is not getattr(Tuning, hook) for hook in _HOOKS)
+        }
 
     def forward(self, batch: Batch, logits: bool = False, features: Mapping[str, Tensor] | None = None) -> Output:
         """Teacher-forced loss, summed over the label positions; with their logits [N, V] if asked for.

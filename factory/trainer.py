@@ -29,7 +29,7 @@ class TrainingError(DataError):
 
 @dataclass
 class TrainState:
-    """All that a schedule may look at.
+    """All that a schedule, or a strategy with steps, may look at.
 
     Attributes:
         step: optimizer steps done so far.
@@ -173,17 +173,20 @@ class Trainer:
                 gradient norm that is not finite.
         """
         first, parameters = state.step, [p for p in state.model.parameters() if p.requires_grad]
+        watching = [*state.model.stepping().values(), schedule]
         while state.step < self.max_steps:
             state.batches = [next(batches) for _ in range(self.accumulate)]
             state.num_labels = self._count_labels(state)
             losses = torch.stack([self.backward(wrapped, state, i) for i in range(self.accumulate)])
             if state.step == first:
                 require_gradients(state.model)
-            schedule.before_step(state)
+            for one in watching:
+                one.before_step(state)
             norm = distributed.whole(nn.utils.clip_grad_norm_(parameters, self.clip or float("inf")))
             self._require_finite(state, losses, norm)
             state.optimizer.step()
-            schedule.after_step(state)
+            for one in watching:
+                one.after_step(state)
             state.optimizer.zero_grad(set_to_none=True)
             state.step += 1
             on_step(state, {"loss_sum": losses.double().sum(), "num_labels": state.num_labels, "grad_norm": norm})

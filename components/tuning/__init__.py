@@ -1,5 +1,6 @@
 """Tuning strategies: how one part learns."""
 
+from mllm_factory.components.tuning import adalora as adalora
 from mllm_factory.components.tuning import adapter as adapter
 from mllm_factory.components.tuning import frozen as frozen
 from mllm_factory.components.tuning import full as full
