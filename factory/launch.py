@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import gc
 import os
 import sys
@@ -31,6 +32,7 @@ MOST_CHECKED = 256
 """Combinations of a sweep that are checked before the first job starts."""
 
 _QUIET = ["hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled", "hydra.run.dir=."]
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
 _origin: list[Callable[[str], str]] = []
 
 
@@ -253,6 +255,13 @@ def _hand_over(task: Callable[[DictConfig], Any], composer: Composer, argv: Sequ
         return 2
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(str(error).strip().splitlines()[0]) from error
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        folder = error.filename or "the run's folder"
+        raise UserError(
+            f"{folder}: {error.strerror}; free space or choose another output_dir, or hydra.sweep.dir with -m"
+        ) from error
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0

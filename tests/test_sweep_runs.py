@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -152,3 +153,19 @@ def test_the_wheel_has_the_launcher_where_hydra_looks(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert str(tmp_path / "site") in done.stdout, done.stderr
     assert "ProcessesLauncher" in done.stdout and " processes " in done.stdout
+
+
+@pytest.mark.parametrize("most", [10, 5000])
+def test_a_sweep_whose_folder_takes_no_more_bytes_ends_with_one_line(tmp_path: Path, most: int) -> None:
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+    command = [sys.executable, "-m", "mllm_factory", "train", "-m", *SWEEP]
+    with subprocess.Popen(
+        command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=small_files
+    ) as driver:
+        _, errors = driver.communicate(timeout=300)
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert driver.returncode == 2, errors
+    assert lines and all("File too large" in line for line in lines), errors
+    assert "Traceback" not in errors and not list(tmp_path.glob("sweep/*/checkpoints/*"))
