@@ -246,6 +246,7 @@ def _ray(options: Options, folder: Path) -> Iterator[Call]:
     started = not ray.is_initialized()
     if started:
         size: dict[str, Any] = {} if address else {"num_cpus": max(_cores(), options.width * int(given["num_cpus"]))}
+        os.environ.setdefault("RAY_worker_niceness", "0")  # ray's own 15 lets jobs stand still beside other work
         ray.init(address=address, log_to_driver=False, include_dashboard=False, **size)
     try:
         remote = ray.remote(**resources)(execute)

@@ -164,6 +164,32 @@ def test_other_back_ends_end_alike(backend: str, tmp_path: Path, monkeypatch: py
     assert {record(folder / str(n))["cause"] for n in (3, 4)} == {ENDS[3][3], ENDS[4][3]}
 
 
+@pytest.mark.slow
+def test_ray_jobs_keep_their_priority_and_run_in_a_cluster_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_worker_niceness", raising=False)
+    code = "import os; print(os.nice(0))"
+
+    def niceness(folder: Path, **given: Any) -> str:
+        jobs = [sweep.Job(0, folder / "0", [], [sys.executable, "-c", code], {"seed": 0})]
+        assert [r.status for r in run(folder, jobs, backend="ray", **given)] == ["done"]
+        return (folder / "0" / "job.log").read_text().split()[0]
+
+    assert niceness(tmp_path / "own") == str(os.nice(0))
+    monkeypatch.delenv("RAY_worker_niceness", raising=False)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        assert niceness(tmp_path / "there", options={"address": cluster.address}) == str(max(15, os.nice(0)))
+    finally:
+        cluster.shutdown()
+
+
 def test_a_job_runs_where_the_sweep_was_started(tmp_path: Path) -> None:
     here = sweep.Job(0, tmp_path / "0", [], [sys.executable, "-c", "import os; print(os.getcwd())"], {"seed": 0})
     nowhere = sweep.Job(1, tmp_path / "1", [], ["no_such_program"], {"seed": 1})
