@@ -78,6 +78,6 @@ MANY = 16
 
 
 def one_line(error: BaseException, most: int | None = None, kind: bool = False) -> str:
-    """An error's text on one line, cut to ``most`` characters; with ``kind`` its type in front."""
-    text = " ".join(str(error).split())[:most]
-    return f"{type(error).__name__}: {text}" if kind else text
+    """An error's text on one line, cut to ``most`` characters; its type with ``kind`` in front, and alone where there is no text."""
+    text, name = " ".join(str(error).split())[:most], type(error).__name__
+    return (f"{name}: {text}" if kind else text) if text else name

@@ -56,7 +56,7 @@ def load_image(raw: Any) -> Image.Image:
             raise DataError(f"{name}: not a picture that PIL can read; replace or remove it") from error
         if isinstance(error, DataError):
             raise DataError(f"{name}: {error}") from error
-        raise DataError(f"{name}: the picture cannot be decoded ({_line(error)}); replace or remove it") from error
+        raise DataError(f"{name}: the picture cannot be decoded ({one_line(error)}); replace or remove it") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -97,7 +97,7 @@ def load_audio(raw: Any) -> Waveform:
         raise DataError(f"{_name(raw, 'recording')}: {error}") from error
     except Exception as error:  # soundfile raises several unrelated types
         name = _name(raw, "recording")
-        raise DataError(f"{name}: the recording cannot be decoded ({_line(error)}); replace or remove it") from error
+        raise DataError(f"{name}: the recording cannot be decoded ({one_line(error)}); replace or remove it") from error
     if not len(samples):
         raise DataError(f"{_name(raw, 'recording')}: the recording has no samples; replace or remove it")
     if not np.isfinite(samples).all():
@@ -177,10 +177,6 @@ def _name(raw: Any, what: str) -> str:
 
 def _stream(raw: str | Path | bytes) -> Any:
     return BytesIO(raw) if isinstance(raw, bytes) else str(raw)
-
-
-def _line(error: Exception) -> str:
-    return one_line(error) or type(error).__name__
 
 
 def blank_image() -> Image.Image:

@@ -125,7 +125,7 @@ def build(kind: type[T], node: Mapping[str, Any], key: str = "", **given: Any) -
     except ConfigError:
         raise
     except (ValueError, ImportError, OSError, UserError) as error:
-        reason = one_line(error) or type(error).__name__
+        reason = one_line(error)
         raise ConfigError(Problem(f"{node['name']}: {reason}", key)) from error
 
 

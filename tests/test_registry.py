@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mllm_factory import (
+from mllm_factory.errors import one_line
     ConfigError,
     Encoder,
     Metric,
@@ -497,3 +498,17 @@ def test_a_name_cannot_be_given_twice() -> None:
     assert register("twice")(First) is First, "the same class again changes nothing"
     with pytest.raises(ValueError, match=r"'twice' is registered twice: .*First.*Second; rename one"):
         register("twice")(Second)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "told"),
+    [
+        (ValueError("two\n  lines"), False, "two lines"),
+        (ValueError("two\n  lines"), True, "ValueError: two lines"),
+        (KeyError(), False, "KeyError"),
+        (KeyError(), True, "KeyError"),
+    ],
+)
+def test_an_error_on_one_line_is_never_empty(error: Exception, kind: bool, told: str) -> None:
+    assert one_line(error, kind=kind) == told
+    assert one_line(error, 3).startswith(told.removeprefix("ValueError: ")[:3])

@@ -140,7 +140,7 @@ def _loaded(path: str, cache: str | None) -> tuple[Any, Path]:
             rows = datasets.load_from_disk(path)
         except Exception as error:
             raise DataError(
-                f"{path}: no folder that save_to_disk wrote ({_line(error)}); name parquet files"
+                f"{path}: no folder that save_to_disk wrote ({one_line(error, 200)}); name parquet files"
             ) from error
         if isinstance(rows, datasets.DatasetDict):
             raise DataError(f"{path}: holds the splits {', '.join(rows)}; name the folder of one of them")
@@ -150,11 +150,7 @@ def _loaded(path: str, cache: str | None) -> tuple[Any, Path]:
         try:
             parquet.read_metadata(file)
         except Exception as error:
-            raise DataError(f"{file}: no whole parquet file ({_line(error)}); fetch it again") from error
+            raise DataError(f"{file}: no whole parquet file ({one_line(error, 200)}); fetch it again") from error
     datasets.disable_progress_bars()
     rows = datasets.Dataset.from_parquet([str(file) for file in files], cache_dir=cache)
     return rows.with_format("arrow"), files[0]
-
-
-def _line(error: Exception) -> str:
-    return one_line(error, 200) or type(error).__name__
