@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from mllm_factory import (
-from mllm_factory.errors import one_line
     ConfigError,
     Encoder,
     Metric,
@@ -28,6 +27,7 @@ from mllm_factory.errors import one_line
     register,
     registry,
 )
+from mllm_factory.errors import one_line
 from mllm_factory.interfaces import KINDS
 from mllm_factory.schema import Misfit, coerce, of_class
 
