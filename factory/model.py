@@ -100,6 +100,15 @@ class MultimodalModel(nn.Module):
         finally:
             self.batch = before
 
+    @contextmanager
+    def row_by_row(self) -> Iterator[None]:
+        """Inside, decoder layers see one sample a row, whatever a batch's ``packing`` says."""
+        before, self.unpacked = self.unpacked, True
+        try:
+            yield
+        finally:
+            self.unpacked = before
+
     def _mask(self, batch: Batch) -> Tensor | None:
         """Causal attention never looks at padding on the right, so only rows padded on the left need a mask."""
         return batch.attention_mask if batch.left_padded else None

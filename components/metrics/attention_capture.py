@@ -271,13 +271,12 @@ def observe(model: MultimodalModel, rows: str = "answer", keys: bool = False) ->
         recorder.fed(ids)
         return embed(ids)
 
-    own, unpacked = vars(backbone).get("embed"), model.unpacked
-    with observed_kernels(backbone, recorder.watch):
-        vars(backbone)["embed"], model.unpacked = told, True  # statistics are by row: one sample each
+    own = vars(backbone).get("embed")
+    with observed_kernels(backbone, recorder.watch), model.row_by_row():  # statistics are by row: one sample each
+        vars(backbone)["embed"] = told
         try:
             yield recorder
         finally:
-            model.unpacked = unpacked
             if own is None:
                 del vars(backbone)["embed"]
             else:

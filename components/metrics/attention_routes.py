@@ -94,13 +94,8 @@ def gated(model: MultimodalModel, gates: Gates) -> Iterator[None]:
     Raises:
         ConfigError: the backbone's attention cannot be observed; or a layer's output is not what softmax(q k) v gives.
     """
-    unpacked = model.unpacked
-    with observed_kernels(model.backbone, gates.watch):
-        model.unpacked = True  # gates are by row: one sample each
-        try:
-            yield
-        finally:
-            model.unpacked = unpacked
+    with observed_kernels(model.backbone, gates.watch), model.row_by_row():  # gates are by row: one sample each
+        yield
 
 
 def first_logp(batch: Batch, logits: Tensor) -> Tensor:
