@@ -98,9 +98,15 @@ def numbers(folder: Path) -> Numbers:
 
 
 def row(found: Sequence[Numbers]) -> Row:
-    """Mean and deviation over seeds of each number."""
+    """Mean and deviation over seeds of each number; NaN where a seed has none."""
     columns = {key: [one[key] for one in found] for key in found[0]}
-    return {k: (statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else 0.0) for k, v in columns.items()}
+    return {key: (statistics.fmean(values), _spread(values)) for key, values in columns.items()}
+
+
+def _spread(values: Sequence[float]) -> float:
+    if not all(map(math.isfinite, values)):
+        return math.nan
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def shown(name: str, seeds: int, found: Row) -> str:

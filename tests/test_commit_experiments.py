@@ -49,6 +49,8 @@ def test_the_numbers_of_a_run(shared: Any, tmp_path: Path) -> None:
     bare = shared.numbers(written(tmp_path / "bare", losses, [None] * 40))
     assert math.isnan(bare["median"]) and math.isnan(bare["deviation"])
     rows = shared.row([{"mean": 1.0, "final": 2.0}, {"mean": 3.0, "final": 2.0}])
+    (mean, spread) = shared.row([{"median": math.nan}, {"median": 1.0}])["median"]
+    assert math.isnan(mean) and math.isnan(spread)
     assert rows == {"mean": (2.0, pytest.approx(math.sqrt(2))), "final": (2.0, 0.0)}
 
 
