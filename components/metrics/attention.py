@@ -50,7 +50,7 @@ class Attention(Metric):
     """Attention of the rows that predict the answer tokens, teacher-forced, read in up to four ways from one forward.
 
     ``attention_share/<group>``: mass on system, user, vision, audio, answer and bos keys, mean over heads, rows, samples, in
-    [0, 1]; they sum to 1 - ``null`` (learned sinks) where all samples carry the same modalities. A medium's share is over the
+    [0, 1]; they sum to 1 - ``null`` (learned sinks, a prefix) where all samples carry the same modalities. A medium's share is over the
     samples that carry it, the rest over the samples that carry any. Source: MoReS (arXiv 2412.12359), Figure 1.
     ``lmar/<modality>``: equation 2 of MoReS, the mean over samples of (attention a media token) / (attention a text token), in
     [0, inf). Chosen where the paper is silent: mean over heads and rows before the ratio; teacher-forced rows, the template's

@@ -32,8 +32,8 @@ G = len(GROUPS)
 class AttentionStats:
     """What ``observe`` found. L layers that were seen, H heads, B samples, R wanted rows, G groups (``GROUPS``), T positions.
 
-    For a row i and a group g, mass = sum of A[i, j] over the keys j in g; mass over all groups is 1 - what a learned sink or
-    padding takes (``null``).
+    For a row i and a group g, mass = sum of A[i, j] over the keys j in g; mass over all groups is 1 - what a learned sink, a
+    learned prefix or padding takes (``null``).
 
     Attributes:
         layers: the numbers of the layers, counted in the backbone's list.
@@ -59,7 +59,7 @@ class AttentionStats:
 
     @property
     def null(self) -> Tensor:
-        """[L, B, R] what a wanted row gives to no key of a group: 0 up to rounding, but for learned sinks."""
+        """[L, B, R] what a wanted row gives to no key of a group: 0 up to rounding, but for learned sinks and prefixes."""
         return (1 - self.rows.sum(-1)) * self.valid
 
 
@@ -95,10 +95,10 @@ class Recorder:
     @torch.no_grad()
     def _record(self, call: Call) -> None:
         query, key, weights = call.query, call.key, call.weights
-        plan = self._plan(call.layer, query, key)
+        plan = self._plan(call.layer, query, key.shape[2] - call.front)
         if plan is None:
             return
-        member = plan.member(key.shape[2], G)
+        member = plan.member(key.shape[2], G, call.front)
         blocks = (
             given(plan, weights)
             if weights is not None
@@ -110,16 +110,16 @@ class Recorder:
             mass[:, :, span] = torch.matmul(A, member[:, None, : A.shape[-1]])
             first = A[:, :, 0].clone() if span.start == 0 else first
             if self.want_keys:
-                self._add_keys(call.layer, plan, span, A, key.shape[2])
+                self._add_keys(call.layer, plan, span, A[..., call.front :], key.shape[2] - call.front)
         self._add(call.layer, plan, mass, self._visible(plan, member, call.mask, call.causal))
         if first is not None and weights is None:
             require_softmax(call, plan, first)
 
-    def _plan(self, layer: int, query: Tensor, key: Tensor) -> Plan | None:
-        """Which rows of this call are wanted; the same for all layers."""
+    def _plan(self, layer: int, query: Tensor, keys: int) -> Plan | None:
+        """Which rows of this call are wanted; the same for all layers. ``keys`` are those of positions."""
         batch, Q = self._in_flight(query), query.shape[2]
         done = self.done.get(layer, 0)
-        cached = done > 0 and (done > Q or key.shape[2] > Q)
+        cached = done > 0 and (done > Q or keys > Q)
         start, end = (done, done + Q) if cached else (0, Q)
         self.done[layer] = max(done, end)
         call = (done, start, end)

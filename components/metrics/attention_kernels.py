@@ -40,6 +40,7 @@ class Call:
         weights: [B, H, Q, K] where the kernel gave them, else None.
         output: [B, Q, H, D'] of the kernel.
         exact: no dropout was in it.
+        front: how many of the K keys, the first ones, are no position of the batch but a prefix's.
     """
 
     module: nn.Module
@@ -53,6 +54,7 @@ class Call:
     weights: Tensor | None
     output: Tensor
     exact: bool
+    front: int
 
     @property
     def again(self) -> bool:
@@ -63,8 +65,8 @@ class Call:
 Watch = Callable[[Call], Tensor]
 """Told of a call; gives the output that the layer goes on with, which is ``call.output`` for those who only look."""
 
-_watched: dict[nn.Module, tuple[int, Watch]] = {}
-"""Modules inside observed layers: the layer's number and who wants to know."""
+_watched: dict[nn.Module, tuple[int, Watch, int]] = {}
+"""Modules inside observed layers: the layer's number, who wants to know, and the keys in front of every row."""
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 """How far recomputed outputs may be from the kernel's, relative to the largest value."""
@@ -95,12 +97,12 @@ def _attend(
     output, weights = run(module, query, key, value, attention_mask, **options)
     if module not in _watched:
         return output, weights
-    layer, watch = _watched[module]
+    layer, watch, front = _watched[module]
     scaling, causal, exact = options.get("scaling"), options.get("is_causal"), not options.get("dropout")
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
     causal = getattr(module, "is_causal", True) if causal is None else causal
     causal = bool(causal) and query.shape[2] > 1 and weights is None
-    call = Call(module, layer, query, key, value, attention_mask, scale, causal, weights, output, exact)
+    call = Call(module, layer, query, key, value, attention_mask, scale, causal, weights, output, exact, front)
     with torch.autocast(query.device.type, enabled=False):
         return watch(call), weights
 
@@ -161,7 +163,8 @@ def observed_kernels(backbone: Backbone, watch: Watch) -> Iterator[None]:
     """
     configs = _configs(backbone)
     _register()
-    watched = {module: (number, watch) for number, layer in enumerate(backbone.layers) for module in layer.modules()}
+    front = keys_in_front(backbone)
+    watched = {m: (number, watch, front) for number, layer in enumerate(backbone.layers) for m in layer.modules()}
     if any(module in _watched for module in watched):
         raise ConfigError("observe: this backbone is being observed already; end that first")
     before = [(config, config._attn_implementation_internal) for config in configs]
@@ -176,6 +179,11 @@ def observed_kernels(backbone: Backbone, watch: Watch) -> Iterator[None]:
             config._attn_implementation_internal = name
         for module in watched:
             del _watched[module]
+
+
+def keys_in_front(backbone: Backbone) -> int:
+    """How many keys every layer sees before those of the row: what the backbone's modules say, as a learned prefix does."""
+    return sum(int(getattr(module, "keys_in_front", 0)) for module in backbone.children())
 
 
 def _configs(backbone: Backbone) -> list[Any]:

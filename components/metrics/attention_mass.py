@@ -32,7 +32,7 @@ class Plan:
         groups: [B, E] int64, each key position's group, up to the last position of the call.
         blocks: (start, end, lowest, highest) of each block of wanted rows: the smallest and largest index in it.
         seen: visible keys [B, R, G] by the mask that says so; a mask is shared by layers of one kind.
-        members: what ``member`` gave, by number of keys.
+        members: what ``member`` gave, by number of keys and of those in front.
         rooms: memory that all blocks of all layers use in turn: fresh blocks of ever other sizes would leave holes.
     """
 
@@ -43,7 +43,7 @@ class Plan:
     groups: Tensor
     blocks: list[tuple[int, int, int, int]]
     seen: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = field(default_factory=dict)
-    members: dict[int, Tensor] = field(default_factory=dict)
+    members: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     rooms: dict[str, Tensor] = field(default_factory=dict)
 
     def room(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -58,13 +58,16 @@ class Plan:
         for table in (self.seen, self.members, self.rooms):
             table.clear()
 
-    def member(self, keys: int, count: int) -> Tensor:
-        """[B, K, G] float32, 1 where a key is in a group; the keys are the last ``keys`` positions of the call's end."""
-        if keys not in self.members:
-            groups = self.groups[:, max(self.groups.shape[1] - keys, 0) :]
-            groups = torch.nn.functional.pad(groups, (0, keys - groups.shape[1]), value=count)
-            self.members[keys] = torch.nn.functional.one_hot(groups, count + 1)[..., :count].float()
-        return self.members[keys]
+    def member(self, keys: int, count: int, front: int = 0) -> Tensor:
+        """[B, K, G] float32, 1 where a key is in a group; the keys are the last positions of the call's end.
+
+        The first ``front`` of the ``keys`` are a prefix's, in no group.
+        """
+        if (keys, front) not in self.members:
+            groups = self.groups[:, max(self.groups.shape[1] - (keys - front), 0) :]
+            groups = torch.nn.functional.pad(groups, (front, keys - front - groups.shape[1]), value=count)
+            self.members[keys, front] = torch.nn.functional.one_hot(groups, count + 1)[..., :count].float()
+        return self.members[keys, front]
 
 
 def plan_rows(wanted: Tensor, codes: Tensor, groups: Tensor, start: int) -> Plan | None:

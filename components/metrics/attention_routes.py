@@ -27,7 +27,7 @@ from mllm_factory.components.metrics.attention_mass import Plan, along, plan_row
 from mllm_factory.components.metrics.attention_mass import given_probabilities as given
 
 TEXT = "text"
-"""The route of all keys that are no medium."""
+"""The route of all keys that are no medium; those of a learned prefix too."""
 
 
 def first_rows(batch: Batch) -> Tensor:
@@ -81,7 +81,7 @@ class Gates:
         A = A[:, :, 0]  # [B, H, K']
         if call.weights is None and not call.again:
             require_softmax(call, plan, A)
-        member = plan.member(call.key.shape[2], G)[:, : A.shape[-1]]  # [B, K', G]
+        member = plan.member(call.key.shape[2], G, call.front)[:, : A.shape[-1]]  # [B, K', G]
         media = [mixed(A * member[:, None, :, m], call.value) for m in self.media]
         whole = along(call.output.transpose(1, 2), plan.index)[:, :, 0].float()
         return torch.stack([*media, whole - sum(media, torch.zeros_like(whole))], 2)

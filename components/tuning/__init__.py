@@ -9,5 +9,6 @@ from mllm_factory.components.tuning import layers as layers
 from mllm_factory.components.tuning import lora as lora
 from mllm_factory.components.tuning import mores as mores
 from mllm_factory.components.tuning import oft as oft
+from mllm_factory.components.tuning import prefix as prefix
 from mllm_factory.components.tuning import reft as reft
 from mllm_factory.components.tuning import vera as vera
