@@ -513,7 +513,14 @@ def test_resume_goes_on_in_the_same_folder(trained: Path, run_cli: Run, tmp_path
 @pytest.mark.slow
 def test_interrupt_is_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mllm_factory", "train", *SHORT, "trainer.max_steps=100000", "output_dir=run"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in a shell's background ignore it
+    )
     file = tmp_path / "run" / "metrics.jsonl"
     for _ in range(1200):
         if file.exists() and file.read_text().count("\n") > 2:
