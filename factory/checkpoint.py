@@ -90,6 +90,8 @@ class Writer:
             _publish(tmp, folder)
         except (OSError, SafetensorError, RuntimeError) as error:
             shutil.rmtree(tmp, ignore_errors=True)
+            if isinstance(error.__context__, KeyboardInterrupt):  # torch.save ends what it writes, and fails at that
+                raise error.__context__ from None
             raise CheckpointError(
                 f"the checkpoint {folder} cannot be written: {files.reason(error)}; earlier ones are untouched; {files.CONTINUE}"
             ) from error

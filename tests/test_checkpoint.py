@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -297,6 +298,31 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with pytest.raises(CheckpointError, match="step_000001 cannot be written: Not a directory; earlier ones"):
         write.save(model, progress(1))
+
+
+class InterruptedFile(io.BytesIO):
+    """Ctrl-C comes while the third piece is written."""
+
+    pieces = 0
+
+    def write(self, data: Any) -> int:
+        self.pieces += 1
+        if self.pieces == 3:
+            raise KeyboardInterrupt
+        return super().write(data)
+
+
+def test_an_interrupt_while_writing_is_no_failure_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch then fails at the end of its file, and says so instead."""
+    write, model = writer(tmp_path / "run")
+    write.save(model, progress(1))
+    original = torch.save
+    monkeypatch.setattr(torch, "save", lambda value, file: original(value, InterruptedFile()))
+    with pytest.raises(RuntimeError, match="unexpected pos"):
+        torch.save({"a": torch.zeros(9)}, None)
+    with pytest.raises(KeyboardInterrupt):
+        write.save(model, progress(2))
+    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000001"]
 
 
 # ---------------------------------------------------------------- reading
