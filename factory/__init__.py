@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mllm_factory.distributed import sharded as sharded
     from mllm_factory.distributed import total as total
     from mllm_factory.errors import CheckpointError as CheckpointError
     from mllm_factory.errors import ConfigError as ConfigError
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     from mllm_factory.types import Sample as Sample
 
 _HOME = {
-    "distributed": "total",
+    "distributed": "sharded total",
     "errors": "CheckpointError ConfigError DataError UserError hint one_line",
     "interfaces": "Backbone Encoder Metric Projector Schedule Source Tuning",
     "media": "BLANK",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -197,6 +197,15 @@ def lead(world: World, call: Callable[[], T]) -> T:
     if isinstance(found[0], UserError):
         raise found[0]
     return found[0]
+
+
+def sharded(tensors: Iterable[Tensor]) -> bool:
+    """True if this process holds a piece only of one of them."""
+    if not dist.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -111,10 +111,31 @@ class Backbone(nn.Module, ABC):
         """
 
 
-class Tuning(ABC):
+class Stepping:
+    """What may take part in every step of a training; nothing happens by default."""
+
+    def before_step(self, state: TrainState) -> None:
+        """Between backward and clipping; may edit gradients."""
+
+    def after_step(self, state: TrainState) -> None:
+        """After the update, while gradients are still there; ``state.step`` counts the steps before this one."""
+
+    def readings(self) -> dict[str, float]:
+        """Flat keys to numbers for the run's log; NaN for what was not measured."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values besides parameters that ``load_state_dict`` needs to continue."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what ``state_dict`` gave; the model is built, tuned and on its device."""
+
+
+class Tuning(Stepping, ABC):
     """How one part learns.
 
-    A strategy that overrides one of the methods behind ``apply`` takes part in every step of a training: it is called before
+    A strategy that overrides a method of ``Stepping`` takes part in every step of a training: it is called before
     the schedule, its readings are logged and its state is saved. In several processes each calls its own, after gradients
     were averaged: what a strategy decides must follow from what is equal in all of them.
 
@@ -133,26 +154,9 @@ class Tuning(ABC):
         inserted module lives in parameters. Strategies of one part are applied in order, each on what the former left.
         """
 
-    def before_step(self, state: TrainState) -> None:
-        """Between backward and clipping; may edit gradients."""
 
-    def after_step(self, state: TrainState) -> None:
-        """After the update, while gradients are still there; ``state.step`` counts the steps before this one."""
-
-    def readings(self) -> dict[str, float]:
-        """Flat keys to numbers for the run's log; NaN for what was not measured."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values besides parameters that ``load_state_dict`` needs to continue."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what ``state_dict`` gave, after ``apply``; the model is on its device."""
-
-
-class Schedule(ABC):
-    """Learning rates per part, step by step.
+class Schedule(Stepping, ABC):
+    """Learning rates per part, step by step. Readings are those besides the rates.
 
     Optimizer groups carry the part's name in ``group["part"]``, and in ``group["name"]`` the name that rates go by, which is
     ``projector`` for both projectors.
@@ -167,20 +171,6 @@ class Schedule(ABC):
     @abstractmethod
     def before_step(self, state: TrainState) -> None:
         """Between backward and clipping: set ``group["lr"]`` of every group; may edit gradients."""
-
-    def after_step(self, state: TrainState) -> None:
-        """After the update; to observe it."""
-
-    def readings(self) -> dict[str, float]:
-        """Flat keys to numbers for the run's log, besides the rates; NaN for what was not measured."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values that ``load_state_dict`` needs to continue."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what ``state_dict`` gave."""
 
 
 class Metric(ABC):

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mllm_factory.errors import DataError
-from mllm_factory.interfaces import Backbone, Encoder, Projector, Tuning
+from mllm_factory.interfaces import Backbone, Encoder, Projector, Stepping, Tuning
 from mllm_factory.template import ChatTemplate
 from mllm_factory.types import IGNORE_INDEX, MODALITIES, Batch, Output
 
-_HOOKS = ("before_step", "after_step", "readings", "state_dict", "load_state_dict")
+_HOOKS = [name for name in vars(Stepping) if not name.startswith("_")]
 """A strategy that overrides one of these takes part in each step."""
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mllm_factory import distributed
 from mllm_factory.distributed import World
 from mllm_factory.errors import ConfigError, DataError, hint
-from mllm_factory.interfaces import Schedule, Tuning
+from mllm_factory.interfaces import Schedule, Stepping
 from mllm_factory.model import MultimodalModel, learns
 from mllm_factory.packing import require_packable
 from mllm_factory.types import Batch
@@ -173,7 +173,7 @@ class Trainer:
                 gradient norm that is not finite.
         """
         first, parameters = state.step, [p for p in state.model.parameters() if p.requires_grad]
-        watching: list[Schedule | Tuning] = [*state.model.stepping().values(), schedule]
+        watching: list[Stepping] = [*state.model.stepping().values(), schedule]
         while state.step < self.max_steps:
             state.batches = [next(batches) for _ in range(self.accumulate)]
             state.num_labels = self._count_labels(state)

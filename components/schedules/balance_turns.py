@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 
-from mllm_factory import ConfigError
+from mllm_factory import ConfigError, sharded
 from mllm_factory.components.schedules.balance import Component
 
 
@@ -36,11 +35,8 @@ def require_whole(params: Iterable[nn.Parameter]) -> None:
     Raises:
         ConfigError: says what to set.
     """
-    with suppress(ImportError):
-        from torch.distributed.tensor import DTensor
-
-        if any(isinstance(p, DTensor) for p in params):
-            raise ConfigError("schedule: components cannot be compared on sharded weights; set trainer.strategy=ddp")
+    if sharded(params):
+        raise ConfigError("schedule: components cannot be compared on sharded weights; set trainer.strategy=ddp")
 
 
 def require_share(**shares: float) -> None:

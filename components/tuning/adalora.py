@@ -6,13 +6,12 @@ Importance of weights (eq. 8 to 11), of triplets (eq. 7), the budget (eq. 12) an
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from mllm_factory import ConfigError, Tuning, register
+from mllm_factory import ConfigError, Tuning, register, sharded
 from mllm_factory.components.tuning.peft_layers import fold, insert, pattern
 from mllm_factory.components.tuning.targets import ALL_LINEAR, resolve
 
@@ -142,7 +141,8 @@ class AdaLora(Tuning):
         Raises:
             ConfigError: the weights are sharded.
         """
-        _require_whole(self.factors)
+        if sharded(p for _, p in self.factors.named_parameters()):
+            raise ConfigError("adalora: ranks cannot be allotted on sharded weights; set trainer.strategy=ddp")
         if self.orthogonality:
             sides = [p for _, p in self.factors.sides()]
             for p, gradient in zip(sides, torch.autograd.grad(self.penalty(), sides), strict=True):
@@ -227,11 +227,3 @@ class _Factors:
         for layer in self.layers.values():
             for factor, rows in (("lora_A", True), ("lora_B", False)):
                 yield rows, layer.get_parameter(f"{factor}.default")
-
-
-def _require_whole(factors: _Factors) -> None:
-    with suppress(ImportError):
-        from torch.distributed.tensor import DTensor
-
-        if any(isinstance(p, DTensor) for _, p in factors.named_parameters()):
-            raise ConfigError("adalora: ranks cannot be allotted on sharded weights; set trainer.strategy=ddp")
