@@ -2,6 +2,8 @@
 
 import sys
 
+from mllm_factory import torchrun
 from mllm_factory.cli import main
 
+torchrun.end_with_it()
 sys.exit(main())

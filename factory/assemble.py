@@ -9,7 +9,7 @@ import torch
 
 from mllm_factory import files
 from mllm_factory.data import Collator
-from mllm_factory.errors import ConfigError, DataError, Problem
+from mllm_factory.errors import ConfigError, DataError, Problem, no_memory
 from mllm_factory.interfaces import Backbone, Encoder, Metric, Projector, Source, Tuning
 from mllm_factory.media import BLANK
 from mllm_factory.model import MultimodalModel
@@ -76,6 +76,8 @@ def _require_shapes(model: MultimodalModel) -> None:
                 encoded = encoder.eval()(items)
                 projected = model.projectors[name].eval()(encoded)
         except MISFITS as error:
+            if no_memory(error):
+                raise
             problems.append(Problem(f"encoder and projector do not fit: {files.reason(error)}", name))
             continue
         for what, says, gives in (

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from mllm_factory import distributed, files, identity, runs
 from mllm_factory.distributed import World
-from mllm_factory.errors import CheckpointError
+from mllm_factory.errors import CheckpointError, lost_worker
 from mllm_factory.model import MultimodalModel, state_tensors, trained_tensors
 from mllm_factory.runs import find_run as find_run
 from mllm_factory.runs import latest as latest
@@ -92,6 +92,8 @@ class Writer:
             shutil.rmtree(tmp, ignore_errors=True)
             if isinstance(error.__context__, KeyboardInterrupt):  # torch.save ends what it writes, and fails at that
                 raise error.__context__ from None
+            if lost_worker(error):
+                raise
             raise CheckpointError(
                 f"the checkpoint {folder} cannot be written: {files.reason(error)}; earlier ones are untouched; {files.CONTINUE}"
             ) from error

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mllm_factory.errors import ConfigError, UserError
+from mllm_factory import torchrun
+from mllm_factory.errors import ConfigError, UserError, WorkerError, lost_worker, no_memory, one_line
 from mllm_factory.interfaces import Backbone
 
 T = TypeVar("T")
@@ -48,25 +49,37 @@ def joined(device: str, timeout: float) -> Iterator[World]:
 
     Raises:
         ConfigError: no such device, or the processes do not find each other.
-        UserError: another process failed.
+        UserError: another process failed, a loader worker was killed, or memory ran out.
     """
     world = _start(device, timeout)
     try:
         yield world
-    except RuntimeError as error:
-        if world.size > 1 and (isinstance(error, dist.DistError) or _PEER_LOST.search(str(error))):
-            raise UserError(
-                f"process {world.rank} stopped because another one did; the cause is in that one's output"
-                f" ({next(iter(str(error).splitlines()), '')})"
-            ) from error
-        raise
+    except (RuntimeError, MemoryError) as error:
+        told = _told(error, world)
+        if told is None:
+            raise
+        raise told from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
+def _told(error: Exception, world: World) -> UserError | None:
+    """What to say of an error that comes from outside of the code; None for any other."""
+    if world.size > 1 and (isinstance(error, dist.DistError) or _PEER_LOST.search(str(error))):
+        cause = f"process {world.rank} stopped because another one did; the cause is in that one's output"
+        return UserError(f"{cause} ({next(iter(str(error).splitlines()), '')})")
+    if no_memory(error):
+        return UserError(
+            f"memory ran out ({one_line(error, 200)}); lower trainer.batch_size and raise trainer.accumulate by as much, lower "
+            "trainer.eval_batch_size, or set trainer.gradient_checkpointing=true; mllm-factory check estimates what a step takes"
+        )
+    return WorkerError(error) if lost_worker(error) else None
+
+
 def _start(device: str, timeout: float) -> World:
     _require_introduction()
+    torchrun.end_with_it()
     size = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = _device(device, size)
     if chosen.type == "cuda":

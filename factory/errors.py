@@ -81,3 +81,24 @@ def one_line(error: BaseException, most: int | None = None, kind: bool = False) 
     """An error's text on one line, cut to ``most`` characters; its type with ``kind`` in front, and alone where there is no text."""
     text, name = " ".join(str(error).split())[:most], type(error).__name__
     return (f"{name}: {text}" if kind else text) if text else name
+
+
+class WorkerError(DataError):
+    """A loader worker was killed."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(
+            f"a loader worker was killed, most likely because memory was short ({one_line(error, 120)}); lower "
+            "trainer.workers or trainer.batch_size, and go on with resume=auto"
+        )
+
+
+def lost_worker(error: BaseException) -> bool:
+    """Whether torch tells that a loader worker died; it does so from a signal's handler, wherever the process happens to be."""
+    return str(error).startswith("DataLoader worker")
+
+
+def no_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's own error, or torch's words on the CPU and on CUDA."""
+    said = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in said)

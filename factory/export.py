@@ -97,7 +97,7 @@ def _write(model: MultimodalModel, tree: Tree, merge: bool, folder: Path, step: 
     if merge:
         fold(model, tree, plain)
     left = state_tensors(model).keys() - plain
-    reason = "the modules of the tuning are no part of a transformers model; fold them in with merge=true"
+    reason = "the modules of the tuning are no part of a transformers model; merge=true folds in those that can be"
     if not left:
         try:
             with _appearing(folder) as tmp:

@@ -85,16 +85,16 @@ class Follower:
         return torch.zeros((), dtype=torch.float64, device=self.world.device)
 
     def __call__(self, state: TrainState, facts: Mapping[str, Tensor]) -> None:
-        """Count; log, evaluate and save where it is time to."""
+        """Count; log, evaluate and save where it is time to. Where the end was announced there is no time but to save."""
         self._count(state, facts)
         last = state.step == self.trainer.max_steps
         if state.step % self.trainer.log_every == 0 or last:
             self._log(state, float(facts["grad_norm"]))
         with self._not_training():
-            if self.trainer.eval_every and state.step % self.trainer.eval_every == 0 and not last:
+            if self.trainer.eval_every and state.step % self.trainer.eval_every == 0 and not (last or state.ending):
                 results = self.judge(self.trainer.eval_limit)
                 self.lines.write(state.step, {f"eval/{key}": value for key, value in results.items()})
-            if state.step % self.trainer.save_every == 0 or last:
+            if state.step % self.trainer.save_every == 0 or last or state.ending:
                 self._save(state)
 
     def _count(self, state: TrainState, facts: Mapping[str, Tensor]) -> None:

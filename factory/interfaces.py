@@ -132,6 +132,14 @@ class Stepping:
         """Continue from what ``state_dict`` gave; the model is built, tuned and on its device."""
 
 
+_HOOKS = [name for name in vars(Stepping) if not name.startswith("_")]
+
+
+def takes_part(strategy: Stepping) -> bool:
+    """Whether a class overrides a method of ``Stepping``."""
+    return any(getattr(type(strategy), hook) is not getattr(Stepping, hook) for hook in _HOOKS)
+
+
 class Tuning(Stepping, ABC):
     """How one part learns.
 

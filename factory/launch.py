@@ -192,7 +192,7 @@ def _refuse(problems: Sequence[Problem]) -> None:
 def _refuse_bad_sweep(parsed: Sequence[Override], composer: Composer) -> None:
     problems = []
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        problems.append(Problem("-m cannot run under torchrun; start torchrun once for each job"))
+        problems.append(Problem("-m cannot run under torchrun; sweep.processes starts it for each job"))
     roots, _, _ = composer.roots(parsed)
     for override in parsed:
         if override.is_choice_sweep() and is_choice(override, roots) and None in list(override.sweep_iterator()):

@@ -9,16 +9,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, count, pairwise
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mllm_factory.errors import ConfigError, DataError, UserError
+from mllm_factory.ending import outlive_notice
+from mllm_factory.errors import ConfigError, DataError, UserError, WorkerError
 from mllm_factory.interfaces import Source
 from mllm_factory.types import Sample
 
 T = TypeVar("T")
+SMALL = 1 << 20
+"""Bytes of a tensor that a worker sends by value."""
 Collate = Callable[[Sequence[Sample]], T]
 Length = Callable[[int], int]
 WINDOW = 16
@@ -72,6 +78,10 @@ class Order:
         window, place = divmod(batch, self.bucket)
         if self._window[0] != (epoch, window):
             self._window = ((epoch, window), self._batches(epoch, window))
+        if self._length is not None:
+            ahead = (batch + self.bucket) * self.batch_size
+            for i in self._epoch[1][ahead : ahead + self.batch_size]:  # so that no batch waits for a whole window's lengths
+                self._length_of(i)
         return self._window[1][place]
 
     def _batches(self, epoch: int, window: int) -> list[list[int]]:
@@ -224,13 +234,29 @@ def _load(source: Source, collate: Collate[T], indices: Iterator[list[int]], wor
         collate_fn=_same,
         num_workers=workers,
         pin_memory=pin,
+        worker_init_fn=_begin_worker,
         generator=torch.Generator().manual_seed(0),  # else starting the loader draws from the global one
     )
-    for batch in loader:
-        if isinstance(batch, _Failure):
-            raise batch.error
-        yield batch
+    try:
+        for batch in loader:
+            if isinstance(batch, _Failure):
+                raise batch.error
+            yield batch
+    except (EOFError, ConnectionError) as error:  # killed while it sent a batch
+        raise WorkerError(error) from error
 
 
 def _same(batch: Any) -> Any:
     return batch
+
+
+def _begin_worker(worker: int) -> None:
+    outlive_notice(worker)
+    ForkingPickler.register(Tensor, _sent)
+
+
+def _sent(tensor: Tensor) -> Any:
+    """How a worker sends a tensor: a small one by value, because each shared memory costs a connection of milliseconds."""
+    if tensor.nbytes > SMALL or tensor.dtype == torch.bfloat16:  # which numpy does not know
+        return reduce_tensor(tensor)
+    return torch.from_numpy, (tensor.numpy(),)

@@ -14,12 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mllm_factory.errors import DataError
-from mllm_factory.interfaces import Backbone, Encoder, Projector, Stepping, Tuning
+from mllm_factory.interfaces import Backbone, Encoder, Projector, Tuning, takes_part
 from mllm_factory.template import ChatTemplate
 from mllm_factory.types import IGNORE_INDEX, MODALITIES, Batch, Output
-
-_HOOKS = [name for name in vars(Stepping) if not name.startswith("_")]
-"""A strategy that overrides one of these takes part in each step."""
 
 
 class MultimodalModel(nn.Module):
@@ -63,7 +60,7 @@ class MultimodalModel(nn.Module):
             part if len(applied) == 1 else f"{part}.{i}": strategy
             for part, applied in self.strategies.items()
             for i, strategy in enumerate(applied)
-            if any(getattr(type(strategy), hook) is not getattr(Tuning, hook) for hook in _HOOKS)
+            if takes_part(strategy)
         }
 
     def forward(self, batch: Batch, logits: bool = False, features: Mapping[str, Tensor] | None = None) -> Output:

@@ -5,6 +5,7 @@ tree -> sources, model (encoders -> projectors -> backbone), tuning -> collator 
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Any, cast
 
 import yaml
 
-from mllm_factory import distributed, estimate, files, randomness, recorder, runs
+from mllm_factory import distributed, ending, estimate, files, randomness, recorder, runs
 from mllm_factory.assemble import (
     MISFITS,
     Tree,
@@ -28,6 +29,7 @@ from mllm_factory.cached_items import CachedItems
 from mllm_factory.checkpoint import Writer, carry, fingerprints, initialise, load, read_progress
 from mllm_factory.data import Collator
 from mllm_factory.distributed import World
+from mllm_factory.ending import Ended
 from mllm_factory.errors import ConfigError, Problem
 from mllm_factory.evaluator import evaluate as evaluate_model
 from mllm_factory.features import cache_features
@@ -107,11 +109,19 @@ def train_in(
     if world.leads:
         files.write(folder / "config.yaml", yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True))
     judge = partial(_judge, tree, model, sources.get("eval"), collator, trainer, world)
-    with Recorder(folder, trainer.max_steps, state.step, trainer.tensorboard, world.leads) as lines:
+    with (
+        Recorder(folder, trainer.max_steps, state.step, trainer.tensorboard, world.leads) as lines,
+        ending.noticed() as state.notice,
+    ):
         follower = Follower(trainer, schedule, writer, lines, judge, progress.get("counts", {}))
         batches = _batches(tree, sources["train"], collate, trainer, state)
         trainer.fit(wrapped, state, schedule, batches, follower)
         del batches  # ends the loader's processes
+    if announced := state.ending or state.notice():
+        if world.leads:
+            told = f"{signal.Signals(announced).name}: step {state.step} of {trainer.max_steps} is saved"
+            console.print(f"{told}; resume=auto goes on from it", **PLAIN)
+        raise Ended(announced, state.step)
     results = judge(None)
     papers = {
         "parameters/trainable_backbone": float(sum(p.numel() for p in model.backbone.parameters() if p.requires_grad))

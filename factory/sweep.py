@@ -99,6 +99,7 @@ def run(folder: Path, jobs: Sequence[Job], options: Options, call: Call, tell: C
     with driving(folder):
         refuse_other_sweep(jobs)
         store(folder, call)
+        tell_of_other_sizes(jobs, tell)
         open_ = [job for job in jobs if prepare(job)]
         if len(open_) < len(jobs):
             tell(f"{len(jobs) - len(open_)} of {len(jobs)} jobs are done already")
@@ -109,7 +110,8 @@ def run(folder: Path, jobs: Sequence[Job], options: Options, call: Call, tell: C
 def _run(folder: Path, jobs: Sequence[Job], options: Options, tell: Callable[[str], None]) -> dict[int, Result]:
     by_number = {job.number: job for job in jobs}
     width = min(options.width, len(jobs))
-    tell(f"{len(jobs)} jobs, {width} at a time, {options.cores} threads each ({options.backend})")
+    each = f"{options.size} processes of " if options.size > 1 else ""
+    tell(f"{len(jobs)} jobs, {width} at a time, {each}{options.cores} threads each ({options.backend})")
     results: dict[int, Result] = {}
     with Pool(options, folder) as pool:
         for job in jobs:
@@ -150,6 +152,14 @@ def driving(folder: Path) -> Iterator[None]:
             raise ConfigError(Problem(message, "hydra.sweep.dir")) from error
         (folder / STOP).unlink(missing_ok=True)
         yield
+
+
+def tell_of_other_sizes(jobs: Sequence[Job], tell: Callable[[str], None]) -> None:
+    """A line about jobs that were other numbers of processes so far: their steps had other numbers of samples."""
+    before = {job.number: sweep_jobs.read(job).get("processes", job.processes) for job in jobs}
+    other = [f"{job.number} ({before[job.number]})" for job in jobs if before[job.number] != job.processes]
+    if other:
+        tell(f"{jobs[0].processes} processes a job from now on; jobs so far of another number: {', '.join(other)}")
 
 
 def failures(folder: Path, jobs: Sequence[Job], results: Sequence[Result]) -> list[UserError]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from mllm_factory import files, sweep_job
+from mllm_factory import files, sweep_job, sweep_slurm
 from mllm_factory.errors import ConfigError, Problem, UserError, hint
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -53,13 +53,15 @@ class Options:
     Attributes:
         backend: threads, joblib, submitit or ray.
         jobs: at a time; None: as many as ``threads`` fit the cores, or one.
-        threads: of each job; None: the cores divided by ``jobs``.
+        processes: of each job, which torchrun starts; None: one, without torchrun.
+        threads: of each process; None: the cores divided by all processes at a time.
         devices: values of CUDA_VISIBLE_DEVICES that jobs take in turn; None: all jobs see what this process sees.
         options: of the back end.
     """
 
     backend: str = "threads"
     jobs: int | None = None
+    processes: int | None = None
     threads: int | None = None
     devices: Sequence[Any] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -75,13 +77,17 @@ class Options:
             problems.append(
                 Problem(f"no back end is named '{self.backend}'{hint(self.backend, BACKENDS)}", "sweep.backend")
             )
-        for name in ("jobs", "threads"):
+        for name in ("jobs", "processes", "threads"):
             if (value := getattr(self, name)) is not None and value < 1:
                 problems.append(Problem(f"expected 1 or more, got {value}", f"sweep.{name}"))
         if self.devices is not None and not self.devices:
             problems.append(
                 Problem("expected at least one device, got none; null leaves them as they are", "sweep.devices")
             )
+        short = [value for value in self.groups if len(value.split(",")) < self.size]
+        if short:
+            need = f"a job of {self.size} processes takes {self.size} devices, got '{short[0]}'"
+            problems.append(Problem(f"{need}; name them together, such as ['0,1','2,3']", "sweep.devices"))
         if self.backend in ("threads", "joblib") and self.options:
             problems.append(Problem(f"'{self.backend}' has no options, got {dict(self.options)}", "sweep.options"))
         if problems:
@@ -90,18 +96,28 @@ class Options:
     @property
     def width(self) -> int:
         """Jobs at a time."""
-        return self.jobs or (max(1, _cores() // self.threads) if self.threads else 1)
+        return self.jobs or (max(1, _cores() // (self.threads * self.size)) if self.threads else 1)
+
+    @property
+    def size(self) -> int:
+        """Processes of a job."""
+        return self.processes or 1
+
+    @property
+    def groups(self) -> list[str]:
+        """``devices`` as CUDA_VISIBLE_DEVICES takes them: those of one job with commas between them."""
+        return [",".join(map(str, one)) if isinstance(one, list | tuple) else str(one) for one in self.devices or ()]
 
     @property
     def cores(self) -> int:
-        """Threads of a job: what OMP_NUM_THREADS allows, where that is less than a job's share of the cores."""
+        """Threads of a process: what OMP_NUM_THREADS allows, where that is less than its share of the cores."""
         given = os.environ.get(THREADS[0], "")
-        share = max(1, _cores() // self.width)
+        share = max(1, _cores() // (self.width * self.size))
         return self.threads or (min(int(given), share) if given.isdigit() and int(given) else share)
 
     @property
     def env(self) -> dict[str, str]:
-        """Environment variables that keep a job to its threads."""
+        """Environment variables that keep a process to its threads."""
         return dict.fromkeys(THREADS, str(self.cores))
 
 
@@ -136,8 +152,8 @@ class Pool:
         self.options, self.folder, self.running = options, folder, 0
         self._ended: queue.SimpleQueue[Ended] = queue.SimpleQueue()
         self._devices: queue.SimpleQueue[str] = queue.SimpleQueue()
-        for i in range(options.width if options.devices else 0):
-            self._devices.put(str((options.devices or [])[i % len(options.devices or [])]))
+        for i in range(options.width if options.groups else 0):
+            self._devices.put(options.groups[i % len(options.groups)])
 
     def __enter__(self) -> Self:
         with ExitStack() as held:
@@ -217,7 +233,13 @@ def _submitit(options: Options, folder: Path) -> Iterator[Call]:
 
     given = {"cluster": "local", "timeout_min": 7 * 24 * 60, **options.options}
     cluster = given.pop("cluster")
-    executor = submitit.AutoExecutor(folder=str(folder / ".submitit"), cluster=cluster)
+    own = {name: given.pop(name) for name in ("slurm_max_num_timeout",) if name in given}
+    executor = submitit.AutoExecutor(folder=str(folder / ".submitit"), cluster=cluster, **own)
+    if cluster == "slurm":
+        threads = options.threads and options.threads * options.size
+        executor.update_parameters(**sweep_slurm.parameters(given, folder.name, threads))
+        yield sweep_slurm.calls(executor, execute, () if threads else THREADS, options.size)
+        return
     executor.update_parameters(**given)
     driver = os.getpid() if cluster == "local" else 0
     submitted: list[Any] = []
@@ -241,7 +263,7 @@ def _ray(options: Options, folder: Path) -> Iterator[Call]:
     """A ray cluster: ``options.address`` of one, or a local one for the time of the sweep; ``num_cpus``, ``num_gpus`` of a job."""
     import ray
 
-    given = {"address": None, "num_cpus": options.cores, "num_gpus": 0, **options.options}
+    given = {"address": None, "num_cpus": options.cores * options.size, "num_gpus": 0, **options.options}
     address, resources = given.pop("address"), {**given, "max_retries": 0}
     started = not ray.is_initialized()
     if started:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mllm_factory import files
+from mllm_factory import files, torchrun
 from mllm_factory.errors import ConfigError, Problem
+from mllm_factory.sweep_job import GRACE_SECONDS
 
 SWEEP = "sweep.json"
 LAUNCHER, SEARCH = "hydra.launcher.", "hydra/sweeper=search"
@@ -62,9 +62,10 @@ def swept() -> Call:
     return _swept[0]
 
 
-def command(call: Call, overrides: Iterable[str]) -> list[str]:
-    """What runs one job in a process of its own."""
-    return [sys.executable, "-m", "mllm_factory", call.verb, *call.flags, *call.fixed, *overrides]
+def command(call: Call, overrides: Iterable[str], processes: int = 1) -> list[str]:
+    """What runs one job in a process of its own, or in several that torchrun starts."""
+    start = torchrun.command(processes, GRACE_SECONDS)
+    return [*start, "-m", "mllm_factory", call.verb, *call.flags, *call.fixed, *overrides]
 
 
 def hydra_overrides(given: Iterable[str], number: int, folder: Path) -> list[str]:

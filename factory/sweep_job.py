@@ -2,8 +2,9 @@
 
 It runs by itself, ``python -I sweep_job.py <folder> <parent> <driver> <stop file>``, with nothing but the standard library, and
 holds the folder's lock for as long as the job lives. The command gets a session of its own, so that its children (loader
-workers) end with it. The job ends when the process that started the keeper is gone, when the sweep's driver is gone, when the
-stop file appears, or when a search gives it up (job.end): however a sweep ends, no job is left behind, and none runs twice.
+workers) end with it; what is left in other sessions (torchrun's workers) comes to the keeper, which ends it. The job ends when
+the process that started the keeper is gone, when the sweep's driver is gone, when the stop file appears, or when a search gives
+it up (job.end): however a sweep ends, no job is left behind, and none runs twice.
 """
 
 from __future__ import annotations
@@ -32,11 +33,17 @@ UNWRITTEN = 74
 
 POLL_SECONDS, GRACE_SECONDS = 0.5, 20.0
 _CRASHES = {signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
-_WAKE = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+_NOTICE = {signal.SIGUSR1, signal.SIGUSR2}  # of a scheduler that kills by itself when the time is over
+_WAKE = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *_NOTICE}
 _FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT))
-_PDEATHSIG = 1
+_PDEATHSIG, _SUBREAPER = 1, 36
+_REAP_SECONDS = 5.0
 _FRAME = re.compile(r"[\w.]*(?:Error|Exception|Interrupt|Exit)\b")
-_ERROR = "error: "
+_ERROR, _OTHER = "error: ", "stopped because another one did"
+_TORCHRUN = re.compile(r"[EWI]\d{4} [\d:.]+ \d+ \S*torch/distributed/")
+_FIRST = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: \d+ \(pid: \d+\) of binary")
+_EACH = re.compile(r"^ *exitcode +: (-?\d+) \(pid: \d+\)", re.MULTILINE)
+_TOLD = re.compile(r"SignalException: Process \d+ got signal: (\d+)")
 
 
 class Watch(NamedTuple):
@@ -142,13 +149,40 @@ def outcome(code: int, stopped: str, log: Path) -> dict[str, Any]:
 
 
 def last_error(log: Path) -> str:
-    """The last error that a log tells: a line ``error: ...``, the end of a traceback, or else its last line."""
+    """The last error that a log tells: a line ``error: ...``, the end of a traceback, or else its last line.
+
+    Of several processes it is the cause: neither what torchrun reports nor what those say that another one stopped.
+    """
+    errors, lines = _errors(_end(log))
+    return (errors or lines or [""])[-1][:500]
+
+
+def _end(log: Path) -> str:
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 2**16))
-        lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
+        return file.read().decode("utf-8", "replace")
+
+
+def _errors(text: str) -> tuple[list[str], list[str]]:
+    """Errors that a log tells, and all its lines, less torchrun's."""
+    report = _FIRST.search(text)
+    lines = [line.strip() for line in (text[: report.start()] if report else text).splitlines()]
+    lines = [line for line in lines if line and not _TORCHRUN.match(line) and _OTHER not in line]
     told = [line.removeprefix(_ERROR) for line in lines if line.startswith(_ERROR)]
-    thrown = [line for line in lines if _FRAME.match(line)]
-    return next((found[-1][:500] for found in (told, thrown, lines) if found), "")
+    return told or [line for line in lines if _FRAME.match(line)], lines
+
+
+def first_end(log: Path) -> int | None:
+    """Exit code of that of torchrun's processes which ended first, 128 + the signal that torchrun got, or None if it says neither.
+
+    Where several ended at once and none tells an error, one that was killed was first.
+    """
+    text = _end(log)
+    if told := _TOLD.search(text):
+        return 128 + int(told[1])
+    codes = list(map(int, _FIRST.findall(text)[-1:] + _EACH.findall(text)))
+    killed = [code for code in codes if code < 0 and code != -signal.SIGTERM]
+    return killed[0] if killed and codes[0] > 0 and not _errors(text)[0] else next(iter(codes), None)
 
 
 # ---------------------------------------------------------------- the command
@@ -188,16 +222,24 @@ def wait(process: int, watch: Watch) -> tuple[int, str]:
         ended, status = os.waitpid(process, os.WNOHANG)
         if ended:
             signal_group(process, signal.SIGKILL)  # what it left behind
+            end_children()
             return os.waitstatus_to_exitcode(status), stopped
         if not stopped and (stopped := watch.over()):
-            signal_group(process, signal.SIGINT if watch.gentle else signal.SIGKILL)
+            ask(process) if watch.gentle else signal_group(process, signal.SIGKILL)
             deadline = time.monotonic() + GRACE_SECONDS
         if time.monotonic() > deadline:
             signal_group(process, signal.SIGKILL)
         woken = signal.sigtimedwait(_WAKE, POLL_SECONDS)
         if woken is not None and woken.si_signo != signal.SIGCHLD and not stopped:
-            stopped, deadline = f"ended by {signal.Signals(woken.si_signo).name}", time.monotonic() + GRACE_SECONDS
-            signal_group(process, signal.SIGINT)
+            stopped = f"ended by {signal.Signals(woken.si_signo).name}"
+            deadline = float("inf") if woken.si_signo in _NOTICE else time.monotonic() + GRACE_SECONDS
+            ask(process)
+
+
+def ask(process: int) -> None:
+    """Let a command end by itself: training saves where it is. Its children end with it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGTERM)
 
 
 def signal_group(process: int, number: signal.Signals) -> None:
@@ -206,9 +248,27 @@ def signal_group(process: int, number: signal.Signals) -> None:
         os.killpg(process, number)
 
 
+def end_children() -> None:
+    """End what is left of a command: all children of this process, and what comes to it when they are gone."""
+    own, end = os.getpid(), time.monotonic() + _REAP_SECONDS
+    place = Path(f"/proc/{own}/task/{own}/children")
+    while time.monotonic() < end:
+        for child in place.read_text().split() if place.exists() else ():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(int(child), signal.SIGKILL)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        time.sleep(0.01)
+
+
 def keep(folder: Path, watch: Watch) -> int:
     """Run the job that job.json describes; 0 once that file says how it ended, ``HELD`` or ``UNWRITTEN``."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _WAKE)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SUBREAPER, 1)  # what a job leaves behind comes here, whatever session it is in
     try:
         held = lock(folder)
         if held is None:
@@ -229,6 +289,8 @@ def _keep(folder: Path, watch: Watch) -> None:
     code = 130
     if not stopped:
         code, stopped = wait(start(record["command"], record["cwd"], folder / LOG), watch)
+        if code and record.get("processes", 1) > 1:
+            code = first_end(folder / LOG) or code
     record |= {**outcome(code, stopped, folder / LOG), "end": now(), "seconds": round(time.monotonic() - began, 3)}
     write(folder, record)
 

@@ -34,6 +34,7 @@ class Job:
         command: what runs it, without what continuing adds.
         tree: resolved.
         verb: ``train`` or ``evaluate``.
+        processes: that train together; how the job runs, no part of what it is.
     """
 
     number: int
@@ -42,6 +43,7 @@ class Job:
     command: Sequence[str]
     tree: Mapping[str, Any]
     verb: str = "train"
+    processes: int = 1
     key: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -57,6 +59,7 @@ class Job:
             "end": None,
             "cause": None,
             "cwd": os.getcwd(),
+            "processes": self.processes,
             "overrides": list(self.overrides),
             "key": self.key,
             "config": identity(self.tree),
@@ -120,17 +123,36 @@ def prepare(job: Job) -> bool:
             raise ConfigError(Problem(f"job {job.number} is still running in {job.folder}; wait for it, or end it"))
         with held:
             record = read(job)  # its keeper may have written meanwhile
-            start = runs.latest(job.folder) if record and record["status"] != "failed" and job.verb == "train" else None
-            if record:
-                _tidy(job.folder, everything=start is None)
-            extra = [f"resume='{job.folder}'"] if start is not None else []
-            attempts = {"attempts": record.get("attempts", 0) + 1, "resumed_from": str(start) if start else None}
-            sweep_job.write(job.folder, {**job.record(), **attempts, "command": [*job.command, *extra]})
+            sweep_job.write(
+                job.folder, {**job.record(), **attempt(job.folder, record, job.command, job.verb == "train")}
+            )
     except OSError as error:
         raise ConfigError(
             Problem(f"{job.folder} cannot be written: {files.reason(error)}; choose another", "hydra.sweep.dir")
         ) from error
     return True
+
+
+def again(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a job that its back end starts once more, made ready as ``prepare`` does."""
+    resumes = record["command"][-1:] == [_resume(folder)]
+    return {**record, **attempt(folder, record, record["command"][: -1 if resumes else None], True)}
+
+
+def attempt(folder: Path, record: Mapping[str, Any], command: Sequence[str], trains: bool) -> dict[str, Any]:
+    """Tidy a job's folder after the attempt that ``record`` tells of, if any; what ``job.json`` says of the next one."""
+    start = runs.latest(folder) if record and record["status"] != "failed" and trains else None
+    if record:
+        _tidy(folder, everything=start is None)
+    return {
+        "attempts": record.get("attempts", 0) + 1,
+        "resumed_from": str(start) if start else None,
+        "command": [*command, *([_resume(folder)] if start else [])],
+    }
+
+
+def _resume(folder: Path) -> str:
+    return f"resume='{folder}'"
 
 
 def _tidy(folder: Path, everything: bool) -> None:

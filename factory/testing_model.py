@@ -17,7 +17,7 @@ from mllm_factory.config import compose
 from mllm_factory.distributed import World
 from mllm_factory.errors import ConfigError
 from mllm_factory.evaluator import evaluate
-from mllm_factory.interfaces import Backbone, Encoder, Projector, Schedule, Source
+from mllm_factory.interfaces import Backbone, Encoder, Projector, Schedule, Source, Stepping, takes_part
 from mllm_factory.model import MultimodalModel, state_tensors
 from mllm_factory.trainer import TrainState, parameter_groups
 from mllm_factory.types import Batch, Message, Sample
@@ -138,7 +138,21 @@ def _applied(make: Callable[..., Any], part: str, require: Callable[[bool, str, 
         not dead, "a gradient reaches every parameter that learns", f"of {part}, none reaches {', '.join(dead[:3])}"
     )
     _require_meta(make, part, model, require)
+    if takes_part(make(5)):
+        _require_continues(make, part, require)
     return ""
+
+
+def _require_continues(make: Callable[..., Any], part: str, require: Any) -> None:
+    """Of a strategy with steps: half a training, and the other half by a new one that loads its state."""
+    ends, half = [], None
+    for _ in range(2):
+        (model, batch), strategy = small_model(), make(5)
+        strategy.apply(model.parts()[part], model)
+        _, half = _trained(model, batch, strategy, 0.01, half)
+        ends.append(model.state_dict())
+    same = all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    require(same, "a strategy that loads a state goes on as the one that gave it", f"on {part}, other weights")
 
 
 def _require_meta(make: Callable[..., Any], part: str, real: MultimodalModel, require: Any) -> None:
@@ -165,31 +179,36 @@ def rates_of(schedule: Schedule, start: dict[str, Any] | None) -> tuple[list[lis
     Args:
         start: to go on from.
     """
-    model, batch = small_model()
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=0.0)
+    return _trained(*small_model(), schedule, 0.0, start)
+
+
+def _trained(
+    model: MultimodalModel, batch: Batch, taking_part: Stepping, lr: float, start: dict[str, Any] | None
+) -> tuple[list[list[float]], dict[str, Any]]:
+    """Train for ``STEPS`` steps, or from ``start`` on; as ``rates_of``."""
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=lr)
     state = TrainState(model.train(), optimizer, STEPS, World(0, 1, torch.device("cpu")))
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "taking_part": taking_part}
     if start is not None:
-        model.load_state_dict(start["model"])
-        optimizer.load_state_dict(start["optimizer"])
-        schedule.load_state_dict(start["schedule"])
+        for name, part in parts.items():
+            part.load_state_dict(start[name])
         state.step = STEPS // 2
     rates, half = [], {}
     while state.step < STEPS:
         if state.step == STEPS // 2:
-            parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
             half = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
-        rates.append(_step(state, schedule, batch))
+        rates.append(_step(state, taking_part, batch))
     return rates, half
 
 
-def _step(state: TrainState, schedule: Schedule, batch: Batch) -> list[float]:
+def _step(state: TrainState, taking_part: Stepping, batch: Batch) -> list[float]:
     state.batches, state.num_labels = [batch], batch.num_labels
     loss: Tensor = state.model(batch).loss_sum / state.num_labels
     loss.backward()
-    schedule.before_step(state)
+    taking_part.before_step(state)
     rates = [float(group["lr"]) for group in state.optimizer.param_groups]
     state.optimizer.step()
-    schedule.after_step(state)
+    taking_part.after_step(state)
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     return rates

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ class TrainState:
         batches: the batches of the step in flight, of this process, as they came from the loader.
         num_labels: [] labels of the step over all batches and processes.
         clip: largest gradient norm of the step to come; None does not clip.
+        notice: the signal that announces the end of this process, 0 where none came.
+        ending: such a signal, here or in another process, once the step in flight is the last one; else 0.
     """
 
     model: MultimodalModel
@@ -46,6 +49,8 @@ class TrainState:
     batches: list[Batch] = field(default_factory=list)
     num_labels: Tensor = field(default_factory=lambda: torch.zeros(()))
     clip: float | None = None
+    notice: Callable[[], int] = lambda: 0
+    ending: int = 0
 
 
 class Trainer:
@@ -164,7 +169,7 @@ class Trainer:
         batches: Iterator[Batch],
         on_step: Callable[[TrainState, dict[str, Tensor]], None],
     ) -> None:
-        """Train from ``state.step`` to ``max_steps``.
+        """Train from ``state.step`` to ``max_steps``, or to the end of the step in which ``state.notice`` tells any process.
 
         ``on_step`` is told of each step: ``loss_sum`` of this process, ``num_labels`` of all, and ``grad_norm``.
 
@@ -174,7 +179,7 @@ class Trainer:
         """
         first, parameters = state.step, [p for p in state.model.parameters() if p.requires_grad]
         watching: list[Stepping] = [*state.model.stepping().values(), schedule]
-        while state.step < self.max_steps:
+        while state.step < self.max_steps and not state.ending:
             state.batches = [next(batches) for _ in range(self.accumulate)]
             state.num_labels = self._count_labels(state)
             losses = torch.stack([self.backward(wrapped, state, i) for i in range(self.accumulate)])
@@ -183,7 +188,7 @@ class Trainer:
             for one in watching:
                 one.before_step(state)
             norm = distributed.whole(nn.utils.clip_grad_norm_(parameters, self.clip or float("inf")))
-            self._require_finite(state, losses, norm)
+            self._agree(state, losses, norm)
             state.optimizer.step()
             for one in watching:
                 one.after_step(state)
@@ -221,10 +226,16 @@ class Trainer:
             )
         return everywhere.to(state.world.device, non_blocking=True)
 
-    def _require_finite(self, state: TrainState, losses: Tensor, norm: Tensor) -> None:
-        """The one place of a step that waits for the device: no weight may change if this fails."""
+    def _agree(self, state: TrainState, losses: Tensor, norm: Tensor) -> None:
+        """Let all processes know whether the step is sound, and whether it is the last one.
+
+        The one place of a step that waits for the device: no weight may change if this fails.
+        """
         bad = ~torch.isfinite(losses.sum() + norm)
-        if bool(distributed.total(bad.int(), state.world)):
+        told = bad.new_tensor(state.notice() != 0)
+        unsound, announced = distributed.total(torch.stack([bad, told]).int(), state.world).tolist()
+        state.ending = (state.notice() or signal.SIGTERM) if announced else 0
+        if unsound:
             culprits = [b for b, loss in zip(state.batches, losses.tolist(), strict=True) if not math.isfinite(loss)]
             everywhere = [name for here in distributed.gather(_ids(culprits), state.world) for name in here]
             loss_sum = float(distributed.total(losses.sum(), state.world))

@@ -15,7 +15,7 @@ ENGINE = sorted((ROOT / "factory").glob("*.py"))
 PARTS = sorted((ROOT / "components").rglob("*.py"))
 LAYERS = [  # a module imports from layers before its own, and from its own
     {"errors", "types", "schema", "randomness", "silence"},
-    {"packs", "files", "tokens", "interfaces", "sweep_job", "plan"},
+    {"packs", "files", "tokens", "interfaces", "sweep_job", "plan", "ending", "torchrun"},
     {"registry", "runs", "media", "pretrained", "template"},
     {"model", "data", "cached_items", "packing", "loader", "distributed", "presets", "identity", "weightless", "meter"},
     {"checkpoint", "features", "trainer", "recorder"},
@@ -33,7 +33,16 @@ LAYERS = [  # a module imports from layers before its own, and from its own
     },
     {"checks", "flags", "overrides", "merge", "origins", "stored", "config"},
     {"stages", "staged"},
-    {"sweep_backends", "sweep_command", "sweep_jobs", "sweep", "sweep_space", "sweep_study", "sweep_search"},
+    {
+        "sweep_backends",
+        "sweep_slurm",
+        "sweep_command",
+        "sweep_jobs",
+        "sweep",
+        "sweep_space",
+        "sweep_study",
+        "sweep_search",
+    },
     {
         "cli",
         "completion",

@@ -9,10 +9,11 @@ from itertools import islice
 
 import pytest
 import torch
+from torch import Tensor
 
 from mllm_factory.errors import ConfigError, DataError
 from mllm_factory.interfaces import Source
-from mllm_factory.loader import Order, eval_batches, train_batches
+from mllm_factory.loader import SMALL, Order, eval_batches, train_batches
 from mllm_factory.types import Batch, Message, Sample
 
 EMPTY = torch.zeros(0, 0, dtype=torch.int64)
@@ -109,13 +110,36 @@ def test_lengths_are_taken_for_the_window_needed_and_once() -> None:
     asked: list[int] = []
     order = Order(400, 4, 0, noting(asked), bucket=5)
     order[0]
-    assert len(asked) == 20
+    assert len(asked) == 20 + 4, "and as many of the next window as were given"
+    for g in range(1, 4):
+        order[g]
+    assert len(asked) == 20 + 16
     for g in range(300):
         order[g]
     assert len(asked) == len(set(asked)) == 400
     untouched: list[int] = []
     Order(400, 4, 0, noting(untouched), bucket=1)[0]
     assert not untouched
+
+
+def every_kind(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """Tensors that travel in different ways."""
+    values = torch.arange(12.0).reshape(3, 4)
+    kinds = {"float": values, "bool": values > 3, "bf16": values.bfloat16(), "turned": values.T, "part": values[:, 1:3]}
+    return kinds | {"number": torch.tensor(7), "none": torch.zeros(0, 5), "large": torch.arange(SMALL // 4 + 1.0)}
+
+
+def test_tensors_arrive_from_a_worker_as_they_were() -> None:
+    here = every_kind([])
+    (there,) = islice(
+        train_batches(Numbers(4), every_kind, Order(4, 2, 0), first=0, world=1, rank=0, workers=1, pin=False), 1
+    )
+    assert here.keys() == there.keys()
+    for name, tensor in there.items():
+        assert tensor.dtype == here[name].dtype and tensor.shape == here[name].shape, name
+        assert torch.equal(tensor, here[name]), name
+        tensor.copy_(tensor.clone())  # it can be written
+    assert there["large"].is_shared() and not there["float"].is_shared()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -87,15 +87,20 @@ def test_check_plans(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_job_script_trains_what_composes() -> None:
     text = (ROOT / "scripts" / "train.sbatch").read_text()
-    command = re.sub(r"\\\n", " ", text[text.index("srun ") :])
-    words = shlex.split(command)
-    overrides = [w for w in words[words.index("train") + 1 :] if w != "$@"]
-    composed = compose("train", [*overrides, "data.train.path=x.json"])
-    assert composed.tree is not None and composed.check() == []
-    trainer = composed.tree["trainer"]
-    nodes, each = (int(re.search(rf"--{flag}=(\d+)", text)[1]) for flag in ("nodes", "gpus-per-node"))  # type: ignore[index]
-    assert f"--nproc_per_node={each}" in words
-    assert trainer["strategy"] == "fsdp" and trainer["packing"] is True
+    usage = re.findall(r"^#   (sbatch .*)$", re.sub(r" \\\n# +", " ", text), re.MULTILINE)
+    assert len(usage) == 2
+    trees = []
+    for line in usage:
+        words = shlex.split(line)
+        overrides = words[words.index("scripts/train.sbatch") + 1 :]
+        composed = compose("train", ["output_dir=outputs/slurm_1", "resume=auto", *overrides])
+        assert composed.tree is not None and composed.check() == []
+        trees.append(composed.tree)
+    nodes, each = (int(re.findall(rf"^#SBATCH --{flag}=(\d+)", text, re.M)[0]) for flag in ("nodes", "gpus-per-node"))
+    trainer = trees[0]["trainer"]
+    assert (
+        trainer["strategy"] == "fsdp" and trainer["packing"] is True and trees[0]["output_dir"] == "/runs/steering_13b"
+    )
     assert nodes * each * trainer["batch_size"] * trainer["accumulate"] == 128, "the batch of the stage"
 
 

@@ -173,6 +173,38 @@ def test_a_strategy_that_meddles_is_found(fault: str, rule: str) -> None:
         check_component(Meddles, {"fault": fault})
 
 
+class Thaws(Tuning):
+    """Lets every second gradient through; ``remembers`` where it was."""
+
+    def __init__(self, remembers: bool = True) -> None:
+        self.remembers, self.steps = remembers, 0
+
+    def apply(self, part: nn.Module, model: MultimodalModel) -> None:
+        """All weights learn."""
+        self.weights = list(part.requires_grad_(True).parameters())
+
+    def before_step(self, state: Any) -> None:
+        """Count; three steps of five are halved."""
+        self.steps += 1
+        for weight in self.weights:
+            weight.grad *= 0.5 if self.steps % 5 < 3 else 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it is."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on."""
+        if self.remembers:
+            self.steps = state["steps"]
+
+
+def test_a_strategy_with_steps_that_forgets_is_found() -> None:
+    check_component(Thaws, {"remembers": True})
+    with pytest.raises(BrokenContract, match="a strategy that loads a state goes on as the one that gave it: on vision"):
+        check_component(Thaws, {"remembers": False})
+
+
 class Forgets(Schedule):
     """Counts its steps; forgets the count unless told otherwise."""
 

@@ -30,8 +30,6 @@ QUOTE, BACKSLASH, COMMA, OPEN, CLOSE = 1, 2, 3, 4, 5
 KINDS = np.zeros(256, np.uint8)
 """What each byte is; 0 for what has no part in the structure."""
 KINDS[list(b'"\\,[{]}')] = [QUOTE, BACKSLASH, COMMA, OPEN, OPEN, CLOSE, CLOSE]
-STRUCTURAL = (KINDS > 0).tobytes()
-"""1 for each byte that has a part in it."""
 STEPS = np.array([0, 0, 0, 0, 1, -1], np.int8)
 """What each kind adds to the depth."""
 BOM = b"\xef\xbb\xbf"
@@ -162,6 +160,14 @@ def chunks(file: BinaryIO, end: int | None = None, overlap: int = 0) -> Iterator
         at, tail = at + len(data), data[len(data) - overlap :] if overlap else b""
 
 
+def find_all(data: bytes, word: bytes) -> Iterator[int]:
+    """The places of a word of three letters or more, found where its first three stand: several times as fast as ``bytes.find``."""
+    values, (a, b, c) = np.frombuffer(data, np.uint8), word[:3]
+    found = (values[:-2] == a) & (values[1:-1] == b)
+    found &= values[2:] == c
+    return (place for place in np.flatnonzero(found).tolist() if data.startswith(word, place))
+
+
 # ---------------------------------------------------------------- lines
 
 
@@ -213,8 +219,9 @@ class _Structure:
 
     def feed(self, data: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Places, kinds and depths behind them of the commas and brackets outside of strings in the next bytes."""
-        places = np.flatnonzero(np.frombuffer(data.translate(STRUCTURAL), np.bool_))
-        kinds = KINDS.take(np.frombuffer(data, np.uint8).take(places))
+        values = np.frombuffer(data, np.uint8)
+        places = np.flatnonzero(_may_be_structural(values))
+        kinds = KINDS.take(values.take(places))
         quote = kinds == QUOTE
         quote[self._escaped(places, np.flatnonzero(kinds == BACKSLASH), len(data))] = False
         inside = np.bitwise_xor.accumulate(quote.view(np.uint8)) ^ np.uint8(self.inside)
@@ -241,6 +248,17 @@ class _Structure:
             behind = slashes[odd] + 1
             hidden = np.concatenate([hidden, behind[places[behind] == at[odd] + 1]])
         return hidden
+
+
+def _may_be_structural(values: np.ndarray) -> np.ndarray:
+    """Which bytes have a part in the structure, by comparisons alone; ``|``, of which KINDS is 0, is among them.
+
+    With bit 5 set, ``[ \\ ]`` are ``{ | }``: 0x7B to 0x7D.
+    """
+    found = ((values | np.uint8(0x20)) - np.uint8(0x7B)) <= 2
+    found |= values == ord('"')
+    found |= values == ord(",")
+    return found
 
 
 def _elements(file: BinaryIO, limit: int | None) -> Places:

@@ -16,7 +16,7 @@ import numpy as np
 
 from mllm_factory import DataError, Sample, Source, register
 from mllm_factory.components.sources.conversation import messages_of
-from mllm_factory.components.sources.json_index import JsonIndex, chunks
+from mllm_factory.components.sources.json_index import JsonIndex, chunks, find_all
 
 FIELDS = {"vision": ("image", "images"), "audio": ("audio", "audios")}
 SHOWN = 5
@@ -96,13 +96,11 @@ class LlavaJson(Source):
         done = -1
         with self._path.open("rb") as file:
             for at, data in chunks(file, int(self._index.ends[-1]), overlap=256):
-                place = data.find(word)
-                while place >= 0:
+                for place in find_all(data, word):
                     i = self._index.at(at + place) if named.match(data, place) else None
                     if i is not None and i != done and modality in self[i].media:
                         return True
                     done = done if i is None else i
-                    place = data.find(word, place + 1)
         return False
 
 

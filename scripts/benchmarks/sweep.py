@@ -1,8 +1,9 @@
 """What a sweep costs: a job of ``-m`` against the same training started by hand, and two jobs at a time against one after the other.
 
-Whole commands are timed in turns, every process with one thread. What each further job of a sweep costs is the time of a sweep of
-several jobs less that of a sweep of one, so that starting the sweep itself, which is paid once, is not in it; it is in the rows
-of whole sweeps. Every job must end with the loss of the run started by hand.
+Every process has one thread. What each further job costs is timed side by side: a sweep of several jobs, one after the other, on
+one core while the same trainings started by hand follow one another on the other, so that a machine that changes its speed slows
+both; what counts is the time from the end of the first to the end of the last. Starting a sweep, which is paid once, is timed
+alone, as are sweeps of one and of two jobs at a time. Every job must have the losses of the run started by hand.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.harness import Result, compare
@@ -22,17 +24,40 @@ JOBS, STEPS = 4, 600
 TRAINING = ["experiment=smoke", "metrics=null", "trainer.log_every=10", "trainer.save_every=200"]
 
 
-def timed(words: list[str], folder: Path) -> float:
-    """Seconds of a command.
+def command(words: list[str], folder: Path) -> None:
+    """Run ``train`` in a folder.
 
     Raises:
         CalledProcessError: it fails.
     """
     tool = str(Path(sys.executable).parent / "mllm-factory")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    started = time.perf_counter()
     subprocess.run([tool, "train", *TRAINING, *words], cwd=folder, env=environment, check=True, capture_output=True)
+
+
+def timed(words: list[str], folder: Path) -> float:
+    """Seconds of a command."""
+    started = time.perf_counter()
+    command(words, folder)
     return time.perf_counter() - started
+
+
+def spacing(ends: list[float]) -> float:
+    """Seconds from one end to the next, in the mean."""
+    return (max(ends) - min(ends)) / (len(ends) - 1)
+
+
+def side_by_side(jobs: int, sweep: list[str], runs: list[list[str]], folder: Path, name: str) -> tuple[float, float]:
+    """Seconds of each further job of a sweep, and of each further run by hand, both going on at the same time."""
+    with ThreadPoolExecutor(1) as beside:
+        started = beside.submit(command, [*sweep, f"hydra.sweep.dir={name}"], folder)
+        ends = []
+        for words in runs:
+            command(words, folder)
+            ends.append(time.time())
+        started.result()
+    records = [folder / name / str(n) / "job.json" for n in range(jobs)]
+    return spacing([record.stat().st_mtime for record in records]), spacing(ends)
 
 
 def losses(run: Path) -> list[float]:
@@ -41,36 +66,36 @@ def losses(run: Path) -> list[float]:
 
 
 def run(runs: int | None, small: bool) -> Result:
-    """A run by hand, sweeps of one and of several jobs, and one with two at a time, in turns, ``runs`` rounds."""
+    """Sweeps and runs by hand side by side, then each alone, ``runs`` rounds."""
     result = Result("sweep", "the same training started by hand")
     jobs, steps = (2, 2) if small else (JOBS, STEPS)
     seeds, length = f"seed={','.join(map(str, range(1, jobs + 1)))}", f"trainer.max_steps={steps}"
-    found: dict[str, list[float]] = {"bare": [], "one": [], "all": [], "two": []}
-    sweeps = {"one": ("seed=1", 1), "all": (seeds, 1), "two": (seeds, 2)}
-    equal = True
+    found: dict[str, list[float]] = {"further": [], "bare": [], "one": [], "alone": [], "all": [], "two": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        timed(["seed=1", "trainer.max_steps=2", "output_dir=first"], folder)  # fills the disk cache
+        command(["seed=1", "trainer.max_steps=2", "output_dir=first"], folder)  # fills the disk cache
+        sweep = ["-m", seeds, length, "sweep.threads=1"]
         for n in range(runs or 3):
-            found["bare"].append(timed(["seed=1", length, f"output_dir=bare_{n}"], folder))
-            bare = losses(folder / f"bare_{n}")
-            for sweep, (values, width) in sweeps.items():
-                words = ["sweep.threads=1", f"sweep.jobs={width}", f"hydra.sweep.dir={sweep}_{n}"]
-                found[sweep].append(timed(["-m", values, length, *words], folder))
-                equal = equal and losses(folder / f"{sweep}_{n}" / "0") == bare
-    further = [(many - one) / (jobs - 1) for many, one in zip(found["all"], found["one"], strict=True)]
+            hand = [[f"seed={k + 1}", length, f"output_dir=bare_{n}_{k}"] for k in range(jobs)]
+            further, bare = side_by_side(jobs, [*sweep, "sweep.jobs=1"], hand, folder, f"beside_{n}")
+            found["further"].append(further)
+            found["bare"].append(bare)
+            found["alone"].append(timed(["seed=1", length, f"output_dir=alone_{n}"], folder))
+            one = ["-m", "seed=1", length, "sweep.threads=1", "sweep.jobs=1", f"hydra.sweep.dir=one_{n}"]
+            found["one"].append(timed(one, folder))
+            found["all"].append(timed([*sweep, "sweep.jobs=1", f"hydra.sweep.dir=all_{n}"], folder))
+            found["two"].append(timed([*sweep, "sweep.jobs=2", f"hydra.sweep.dir=two_{n}"], folder))
+        equal = all(
+            losses(folder / f"{sweep}_{n}" / str(k)) == losses(folder / f"bare_{n}_{k}")
+            for n in range(runs or 3)
+            for sweep in ("beside", "all", "two")
+            for k in range(jobs)
+        )
+    pairs = f"{jobs} jobs, two at a time against one after the other"
     result.rows = [
-        compare("each further job of a sweep", "wall s", further, found["bare"], "<=", OVERHEAD),
-        compare("a sweep of one job", "wall s", found["one"], found["bare"]),
-        compare(f"a sweep of {jobs} jobs", "wall s", found["all"], [jobs * bare for bare in found["bare"]]),
-        compare(
-            f"{jobs} jobs, two at a time against one after the other",
-            "wall s",
-            found["two"],
-            found["all"],
-            ">=",
-            SPEEDUP,
-        ),
+        compare("each further job of a sweep", "wall s", found["further"], found["bare"], "<=", OVERHEAD),
+        compare("a sweep of one job", "wall s", found["one"], found["alone"]),
+        compare(pairs, "wall s", found["two"], found["all"], ">=", SPEEDUP),
     ]
     result.checks["every job has the losses of the run by hand"] = equal
     result.facts["steps of each job"] = steps

@@ -31,8 +31,9 @@ class ProcessesConf:
     _target_: str = "hydra_plugins.mllm_factory.processes.ProcessesLauncher"
     backend: str = "threads"  # threads, joblib, submitit or ray
     jobs: int | None = None  # at a time; null: as many as `threads` fit the cores, or one
-    threads: int | None = None  # of each job; null: the cores divided by `jobs`
-    devices: list[Any] | None = None  # values of CUDA_VISIBLE_DEVICES that jobs take in turn
+    processes: int | None = None  # that train one job together, started by torchrun; null: one
+    threads: int | None = None  # of each process; null: the cores divided by all processes at a time
+    devices: list[Any] | None = None  # values of CUDA_VISIBLE_DEVICES that jobs take in turn, such as ["0,1", "2,3"]
     resume: bool = False  # skip the jobs of hydra.sweep.dir that are done, continue and repeat the others
     options: dict[str, Any] = field(default_factory=dict)  # of the back end, such as {cluster: slurm, partition: gpu}
 
@@ -52,13 +53,16 @@ class ProcessesLauncher(Launcher):
         self,
         backend: str,
         jobs: int | None,
+        processes: int | None,
         threads: int | None,
         devices: Sequence[Any] | None,
         resume: bool,
         options: dict[str, Any],
     ) -> None:
-        plain = {"devices": None if devices is None else list(devices), "options": unwrapped(options)}
-        self.given, self.resume = {"backend": backend, "jobs": jobs, "threads": threads, **plain}, resume
+        named = OmegaConf.to_container(devices, resolve=True) if OmegaConf.is_config(devices) else devices
+        self.given: dict[str, Any] = {"backend": backend, "jobs": jobs, "processes": processes, "threads": threads}
+        self.given |= {"devices": named, "options": unwrapped(options)}
+        self.resume = resume
         self.config: DictConfig = OmegaConf.create()
         self.context: HydraContext | None = None
         self.started = False
@@ -70,9 +74,14 @@ class ProcessesLauncher(Launcher):
             ConfigError: an option that cannot be, or a folder that holds another sweep.
         """
         from mllm_factory import sweep
+        from mllm_factory.errors import ConfigError, Problem
+        from mllm_factory.sweep_command import swept
 
         self.config, self.context = config, hydra_context
         self.options().check()
+        if self.options().size > 1 and swept().verb != "train":
+            message = f"every process would {swept().verb} everything; leave it out"
+            raise ConfigError(Problem(message, "sweep.processes"))
         if not self.resume:
             sweep.refuse_used_folder(Path(config.hydra.sweep.dir).absolute())
 
@@ -133,8 +142,9 @@ class ProcessesLauncher(Launcher):
             HydraConfig.instance().cfg = before
         of_hydra = hydra_overrides(list(self.config.hydra.overrides.hydra), number, own)
         tree = whole(tree, overrides) if swept().verb == "train" else tree
-        argv = command(swept(), [*overrides, *of_hydra])
-        return sweep.Job(number, own, list(filter_overrides(overrides)), argv, tree, swept().verb), config
+        size = self.options().size
+        argv = command(swept(), [*overrides, *of_hydra], size)
+        return sweep.Job(number, own, list(filter_overrides(overrides)), argv, tree, swept().verb, size), config
 
 
 def _return(job: "Job", config: DictConfig, end: "Result") -> JobReturn:
