@@ -1,9 +1,10 @@
 """What a sweep costs: a job of ``-m`` against the same training started by hand, and two jobs at a time against one after the other.
 
 Every process has one thread. What each further job costs is timed side by side: a sweep of several jobs, one after the other, on
-one core while the same trainings started by hand follow one another on the other, so that a machine that changes its speed slows
-both; what counts is the time from the end of the first to the end of the last. Starting a sweep, which is paid once, is timed
-alone, as are sweeps of one and of two jobs at a time. Every job must have the losses of the run started by hand.
+one core while the same trainings started by hand follow one another on the other, and then once more with the cores exchanged, so
+that neither a machine that changes its speed nor a core that is slower than the other counts; what counts is the time from the
+end of the first to the end of the last. Starting a sweep, which is paid once, is timed alone, as are sweeps of one and of two
+jobs at a time. Every job must have the losses of the run started by hand.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.harness import Result, compare
@@ -47,16 +50,41 @@ def spacing(ends: list[float]) -> float:
     return (max(ends) - min(ends)) / (len(ends) - 1)
 
 
-def side_by_side(jobs: int, sweep: list[str], runs: list[list[str]], folder: Path, name: str) -> tuple[float, float]:
-    """Seconds of each further job of a sweep, and of each further run by hand, both going on at the same time."""
+@contextmanager
+def on_core(number: int) -> Iterator[None]:
+    """Within: this thread, and what it starts, stay on one of the cores that it may use, where the system can do that."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {sorted(before)[number % len(before)]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def side_by_side(sweep: list[str], runs: list[list[str]], folder: Path, swept: Path, core: int) -> tuple[float, float]:
+    """Seconds of each further job of a sweep, and of each further run by hand, both going on at the same time.
+
+    Args:
+        sweep: words of a sweep into ``swept``, which stays on ``core``; the runs stay on the next one.
+        runs: words of each run by hand.
+    """
+
+    def sweeping() -> None:
+        with on_core(core):
+            command([*sweep, f"hydra.sweep.dir={swept}"], folder)
+
     with ThreadPoolExecutor(1) as beside:
-        started = beside.submit(command, [*sweep, f"hydra.sweep.dir={name}"], folder)
+        started = beside.submit(sweeping)
         ends = []
-        for words in runs:
-            command(words, folder)
-            ends.append(time.time())
+        with on_core(core + 1):
+            for words in runs:
+                command(words, folder)
+                ends.append(time.time())
         started.result()
-    records = [folder / name / str(n) / "job.json" for n in range(jobs)]
+    records = [swept / str(n) / "job.json" for n in range(len(runs))]
     return spacing([record.stat().st_mtime for record in records]), spacing(ends)
 
 
@@ -70,32 +98,37 @@ def run(runs: int | None, small: bool) -> Result:
     result = Result("sweep", "the same training started by hand")
     jobs, steps = (2, 2) if small else (JOBS, STEPS)
     seeds, length = f"seed={','.join(map(str, range(1, jobs + 1)))}", f"trainer.max_steps={steps}"
-    found: dict[str, list[float]] = {"further": [], "bare": [], "one": [], "alone": [], "all": [], "two": []}
+    found: dict[str, list[float]] = {"one": [], "alone": [], "all": [], "two": []}
+    pairs: list[tuple[float, float]] = []
+    folders: list[tuple[Path, Path]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         command(["seed=1", "trainer.max_steps=2", "output_dir=first"], folder)  # fills the disk cache
         sweep = ["-m", seeds, length, "sweep.threads=1"]
         for n in range(runs or 3):
-            hand = [[f"seed={k + 1}", length, f"output_dir=bare_{n}_{k}"] for k in range(jobs)]
-            further, bare = side_by_side(jobs, [*sweep, "sweep.jobs=1"], hand, folder, f"beside_{n}")
-            found["further"].append(further)
-            found["bare"].append(bare)
+            for core in range(2):
+                own = f"beside_{n}_{core}"
+                hand = [[f"seed={k + 1}", length, f"output_dir={own}_bare_{k}"] for k in range(jobs)]
+                pairs.append(side_by_side([*sweep, "sweep.jobs=1"], hand, folder, folder / own, core))
+                folders += [(folder / own / str(k), folder / f"{own}_bare_{k}") for k in range(jobs)]
             found["alone"].append(timed(["seed=1", length, f"output_dir=alone_{n}"], folder))
             one = ["-m", "seed=1", length, "sweep.threads=1", "sweep.jobs=1", f"hydra.sweep.dir=one_{n}"]
             found["one"].append(timed(one, folder))
             found["all"].append(timed([*sweep, "sweep.jobs=1", f"hydra.sweep.dir=all_{n}"], folder))
             found["two"].append(timed([*sweep, "sweep.jobs=2", f"hydra.sweep.dir=two_{n}"], folder))
-        equal = all(
-            losses(folder / f"{sweep}_{n}" / str(k)) == losses(folder / f"bare_{n}_{k}")
-            for n in range(runs or 3)
-            for sweep in ("beside", "all", "two")
-            for k in range(jobs)
-        )
-    pairs = f"{jobs} jobs, two at a time against one after the other"
+            folders += [
+                (folder / f"{name}_{n}" / str(k), folder / f"beside_{n}_0_bare_{k}")
+                for name in ("all", "two")
+                for k in range(jobs)
+            ]
+        equal = all(losses(ours) == losses(by_hand) for ours, by_hand in folders)
+    halves = [(pairs[i], pairs[i + 1]) for i in range(0, len(pairs), 2)]
+    further, bare = ([(one[k] + other[k]) / 2 for one, other in halves] for k in (0, 1))
+    title = f"{jobs} jobs, two at a time against one after the other"
     result.rows = [
-        compare("each further job of a sweep", "wall s", found["further"], found["bare"], "<=", OVERHEAD),
+        compare("each further job of a sweep", "wall s", further, bare, "<=", OVERHEAD),
         compare("a sweep of one job", "wall s", found["one"], found["alone"]),
-        compare(pairs, "wall s", found["two"], found["all"], ">=", SPEEDUP),
+        compare(title, "wall s", found["two"], found["all"], ">=", SPEEDUP),
     ]
     result.checks["every job has the losses of the run by hand"] = equal
     result.facts["steps of each job"] = steps
