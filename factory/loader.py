@@ -79,8 +79,8 @@ class Order:
         if self._window[0] != (epoch, window):
             self._window = ((epoch, window), self._batches(epoch, window))
         if self._length is not None:
-            ahead = (batch + self.bucket) * self.batch_size
-            for i in self._epoch[1][ahead : ahead + self.batch_size]:  # so that no batch waits for a whole window's lengths
+            ahead = (batch + self.bucket) * self.batch_size  # so that no batch waits for a whole window's lengths
+            for i in self._epoch[1][ahead : ahead + self.batch_size]:
                 self._length_of(i)
         return self._window[1][place]
 
