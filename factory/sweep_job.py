@@ -229,11 +229,21 @@ def wait(process: int, watch: Watch) -> tuple[int, str]:
             deadline = time.monotonic() + GRACE_SECONDS
         if time.monotonic() > deadline:
             signal_group(process, signal.SIGKILL)
-        woken = signal.sigtimedwait(_WAKE, POLL_SECONDS)
-        if woken is not None and woken.si_signo != signal.SIGCHLD and not stopped:
-            stopped = f"ended by {signal.Signals(woken.si_signo).name}"
-            deadline = float("inf") if woken.si_signo in _NOTICE else time.monotonic() + GRACE_SECONDS
+        woken = _woken()
+        if woken is not None and woken != signal.SIGCHLD and not stopped:
+            stopped = f"ended by {signal.Signals(woken).name}"
+            deadline = float("inf") if woken in _NOTICE else time.monotonic() + GRACE_SECONDS
             ask(process)
+
+
+def _woken() -> int | None:
+    """The signal of ``_WAKE``, all of which are blocked, that came within the next ``POLL_SECONDS``."""
+    if hasattr(signal, "sigtimedwait"):
+        found = signal.sigtimedwait(_WAKE, POLL_SECONDS)
+        return None if found is None else found.si_signo
+    time.sleep(POLL_SECONDS)  # macOS
+    pending = signal.sigpending() & _WAKE
+    return signal.sigwait(pending) if pending else None
 
 
 def ask(process: int) -> None:

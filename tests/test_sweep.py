@@ -372,6 +372,23 @@ def test_ctrl_c_ends_jobs_gently(tmp_path: Path) -> None:
     assert not alive(tmp_path)
 
 
+@pytest.mark.parametrize("waits", [True, False], ids=["sigtimedwait", "without, as on macOS"])
+def test_a_keeper_hears_signals_on_systems_that_cannot_wait_for_them(
+    waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_job, "POLL_SECONDS", 0.05)
+    if not waits:
+        monkeypatch.delattr(signal, "sigtimedwait")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, sweep_job._WAKE)
+    try:
+        assert sweep_job._woken() is None
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert sweep_job._woken() == signal.SIGUSR1
+        assert sweep_job._woken() is None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def test_no_sweep_and_no_job_runs_twice_at_once(tmp_path: Path) -> None:
     driver = drive(tmp_path, WITH_CHILD)
     until(lambda: both_run(tmp_path))
