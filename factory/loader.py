@@ -12,6 +12,7 @@ from itertools import accumulate, count, pairwise
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
@@ -256,7 +257,14 @@ def _begin_worker(worker: int) -> None:
 
 
 def _sent(tensor: Tensor) -> Any:
-    """How a worker sends a tensor: a small one by value, because each shared memory costs a connection of milliseconds."""
-    if tensor.nbytes > SMALL or tensor.dtype == torch.bfloat16:  # which numpy does not know
+    """How a worker sends a tensor: a small one by value, because each shared memory costs a connection of milliseconds.
+
+    What arrives has the same strides and is aligned as torch does it: kernels round by these.
+    """
+    if tensor.nbytes > SMALL or not tensor.is_contiguous() or tensor.dtype == torch.bfloat16:  # unknown to numpy
         return reduce_tensor(tensor)
-    return torch.from_numpy, (tensor.numpy(),)
+    return _received, (tensor.numpy(),)
+
+
+def _received(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values).clone()

@@ -137,6 +137,9 @@ def test_tensors_arrive_from_a_worker_as_they_were() -> None:
     assert here.keys() == there.keys()
     for name, tensor in there.items():
         assert tensor.dtype == here[name].dtype and tensor.shape == here[name].shape, name
+        assert tensor.stride() == here[name].stride() and tensor.data_ptr() % 64 == here[name].data_ptr() % 64, (
+            f"{name}: kernels round by these"
+        )
         assert torch.equal(tensor, here[name]), name
         tensor.copy_(tensor.clone())  # it can be written
     assert there["large"].is_shared() and not there["float"].is_shared()
