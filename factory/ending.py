@@ -14,15 +14,10 @@ ANNOUNCED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Ended(SystemExit):
-    """Training stopped at an announced end, with everything saved; as an exit code 128 + the signal, as shells count.
+    """Training stopped at an announced end, with everything saved; as an exit code 128 + the signal, as shells count."""
 
-    Attributes:
-        step: the last one that was done.
-    """
-
-    def __init__(self, number: int, step: int) -> None:
+    def __init__(self, number: int) -> None:
         super().__init__(128 + number)
-        self.step = step
 
 
 @contextmanager

@@ -121,7 +121,7 @@ def train_in(
         if world.leads:
             told = f"{signal.Signals(announced).name}: step {state.step} of {trainer.max_steps} is saved"
             console.print(f"{told}; resume=auto goes on from it", **PLAIN)
-        raise Ended(announced, state.step)
+        raise Ended(announced)
     results = judge(None)
     papers = {
         "parameters/trainable_backbone": float(sum(p.numel() for p in model.backbone.parameters() if p.requires_grad))

@@ -247,7 +247,7 @@ def _woken() -> int | None:
 
 
 def ask(process: int) -> None:
-    """Let a command end by itself: training saves where it is. Its children end with it."""
+    """Let a command, or a keeper, end by itself: training saves where it is. Its children end with it."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(process, signal.SIGTERM)
 

@@ -9,7 +9,6 @@ job is over is asked of ``squeue``, because submitit asks ``sacct``, which many 
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import threading
 import time
@@ -97,8 +96,7 @@ class Submission:
         folder = Path(work.folder)
         record = sweep_job.read(folder)
         if record["status"] == "running":
-            with suppress(ProcessLookupError):
-                os.kill(record["pid"], signal.SIGTERM)
+            sweep_job.ask(record["pid"])
         if (held := sweep_job.lock(folder, PATIENCE)) is not None:
             held.close()
         if _status(folder) in ENDED or Path(work.stop).exists():
